@@ -1,0 +1,95 @@
+"""The few collectives that a step needs, with gradients; the door to torch.distributed for arithmetic.
+
+Every function is the identity, or a plain sum, in a world of one, and then needs no process group.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lce_dist.world import World
+
+
+def all_reduce_sum(value: torch.Tensor, world: World) -> torch.Tensor:
+    """Sum over ranks, in place. **Collectives**: one all-reduce of ``value``."""
+    if world.size > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def all_reduce_max(value: torch.Tensor, world: World) -> torch.Tensor:
+    """Largest over ranks, in place. **Collectives**: one all-reduce of ``value``."""
+    if world.size > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        all_reduce_sum(torch.zeros(1, device=world.device), world)
+
+
+def sum_over_ranks(local: torch.Tensor, world: World) -> torch.Tensor:
+    """Global sum of each rank's term; the gradient to the own term is one.
+
+    Backward is the identity because every rank differentiates the same global loss.
+    **Collectives**: one all-reduce, forward only.
+    """
+    return _SumOverRanks.apply(local, world) if world.size > 1 else local
+
+
+def gather_rows(rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World) -> torch.Tensor:
+    """(b, D) of every rank, in rank order, as (B, D); b may differ by rank and may be zero.
+
+    Backward sums, over ranks, the gradient that each rank holds for the own rows.
+    **Collectives**: all-gather of W * max(b) * D values; backward one reduce-scatter of the same size.
+    """
+    if world.size == 1:
+        return rows_bD
+    gathered: torch.Tensor = _GatherRows.apply(rows_bD, rows_per_rank, world)
+    return gathered
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, world: World) -> torch.Tensor:
+        return all_reduce_sum(local.clone(), world)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World) -> torch.Tensor:
+        ctx.rows_per_rank, ctx.world = rows_per_rank, world
+        most = max(rows_per_rank)
+        padded = _pad_rows(rows_bD, most)
+        gathered = padded.new_empty((world.size * most, *padded.shape[1:]))
+        dist.all_gather_into_tensor(gathered, padded.contiguous())
+        if min(rows_per_rank) == most:
+            return gathered
+        blocks = gathered.view(world.size, most, *padded.shape[1:])
+        return torch.cat([blocks[rank, :rows] for rank, rows in enumerate(rows_per_rank)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        rows_per_rank, world = ctx.rows_per_rank, ctx.world
+        most = max(rows_per_rank)
+        grad = grads[0].contiguous()
+        if min(rows_per_rank) != most:
+            grad = torch.cat([_pad_rows(part, most) for part in grad.split(list(rows_per_rank))])
+        own = grad.new_empty((most, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own, grad)
+        return own[: rows_per_rank[world.rank]], None, None
+
+
+def _pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    if rows.shape[0] == num_rows:
+        return rows
+    return torch.cat([rows, rows.new_zeros((num_rows - rows.shape[0], *rows.shape[1:]))])

@@ -1,0 +1,294 @@
+"""One typed, frozen, strict config a run; unknown keys and wrong types are errors that name the key.
+
+Sections are grouped by what they may change (see ``RESULT_SECTIONS``): only those that can change the
+trained weights or the reported numbers enter the fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lce_dist.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RunConfig(_Section):
+    """Who the run is and where it lives. Changes no result but for ``seed``."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = "quickstart"
+    dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+
+
+class SyntheticConfig(_Section):
+    """The embedded data set: faces drawn by arithmetic (pipelines/synthetic.py)."""
+
+    identities: Annotated[int, Field(ge=4)] = 600
+    photos_per_identity: Annotated[int, Field(ge=2)] = 16
+    photo_size: Annotated[int, Field(ge=32, le=512)] = 64
+    difficulty: Fraction = 0.5
+    seed: Annotated[int, Field(ge=0)] = 1
+
+
+class DataConfig(_Section):
+    """Which images, and which identities each model sees. Exactly one source is named."""
+
+    synthetic: SyntheticConfig | None = None
+    images: str | None = None
+    shards: str | None = None
+    image_size: Annotated[int, Field(ge=16, le=1024)] = 112
+    heldout_identities: Annotated[int, Field(ge=2)] = 100
+    old_identities: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    split_seed: Annotated[int, Field(ge=0)] = 1
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        named = [key for key in ("synthetic", "images", "shards") if getattr(self, key) is not None]
+        if len(named) != 1:
+            raise ValueError(
+                f"names {len(named)} sources ({', '.join(named) or 'none'}); must name exactly one of "
+                "synthetic, images (a folder or a .zip, one sub-folder an identity), shards (a packed data set)"
+            )
+        return self
+
+
+class AugmentConfig(_Section):
+    """Amplitudes of the training augmentation; zero switches a part off."""
+
+    flip: bool = True
+    crop_min_area: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    brightness: Fraction = 0.2
+    contrast: Fraction = 0.2
+    saturation: Fraction = 0.2
+    hue_deg: Annotated[float, Field(ge=0.0, le=180.0)] = 6.0
+    blur_probability: Fraction = 0.1
+    blur_sigma_max_px: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    grey_probability: Fraction = 0.05
+
+
+class NetConfig(_Section):
+    """A network and how long it trains. ``weights`` names trained ones; such a model is not trained."""
+
+    net: str
+    embedding_dim: Count = 512
+    epochs: Positive = 20.0
+    weights: str | None = None
+
+
+class HeadConfig(_Section):
+    """The classification layer. ``margin_rad`` belongs to arcface, ``margin_cos`` to cosface."""
+
+    loss: Literal["arcface", "cosface", "softmax"] = "cosface"
+    scale: Annotated[float, Field(gt=0.0, le=80.0)] = 64.0
+    margin_rad: Annotated[float, Field(ge=0.0, lt=3.14)] | None = None
+    margin_cos: Annotated[float, Field(ge=0.0, lt=2.0)] | None = None
+    chunk_classes: Count = 8192
+
+    @model_validator(mode="after")
+    def _margin_fits_loss(self) -> HeadConfig:
+        wanted = {"arcface": "margin_rad", "cosface": "margin_cos"}.get(self.loss)
+        for key in ("margin_rad", "margin_cos"):
+            value = getattr(self, key)
+            if key == wanted and value is None:
+                raise ValueError(f"{key} is not set; loss = {self.loss!r} needs it")
+            if key != wanted and value is not None:
+                raise ValueError(f"{key} is {value}; loss = {self.loss!r} does not use it. Remove it")
+        return self
+
+
+class CompatConfig(_Section):
+    """How the new space is tied to the old one (method.md section 3): LCE, direct manner."""
+
+    align_weight: Annotated[float, Field(ge=0.0)] = 10.0
+    boundary_weight: Annotated[float, Field(ge=0.0)] = 10.0
+    boundary: Literal["cos", "angle"] = "cos"
+    rows_from_old: bool = False
+
+
+class OptimConfig(_Section):
+    """SGD with momentum for the network and, on its own rows, for the head."""
+
+    global_batch: Count = 512
+    accumulation: Count = 1
+    lr: Positive = 0.1
+    head_lr: Positive | None = None
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
+    warmup_fraction: Fraction = 0.05
+    clip_norm: Annotated[float, Field(ge=0.0)] = 5.0
+    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class EvaluationConfig(_Section):
+    """All pairs of the held-out identities' images."""
+
+    fars: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (1e-2, 1e-3)
+    criterion_far: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-2
+
+    @field_validator("fars", mode="before")
+    @classmethod
+    def _list_is_fine(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _criterion_is_reported(self) -> EvaluationConfig:
+        if self.criterion_far not in self.fars:
+            raise ValueError(f"criterion_far is {self.criterion_far}; must be one of fars {list(self.fars)}")
+        return self
+
+
+class CheckpointConfig(_Section):
+    every_steps: Count = 100
+    keep: Annotated[int, Field(ge=2)] = 2
+
+
+class TrackingConfig(_Section):
+    """MLflow. Without ``uri`` a SQLite store under run.dir is used; secrets come from the environment."""
+
+    uri: str | None = None
+    experiment: str = "lce-dist"
+    every_steps: Count = 5
+
+
+class ClusterConfig(_Section):
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    reader_threads: Count = 1
+
+
+class Config(_Section):
+    run: RunConfig = RunConfig()
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    old: NetConfig
+    new: NetConfig
+    head: HeadConfig
+    compat: CompatConfig = CompatConfig()
+    optim: OptimConfig = OptimConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _direct_needs_one_dimension(self) -> Config:
+        if self.old.embedding_dim != self.new.embedding_dim:
+            raise ValueError(
+                f"new.embedding_dim is {self.new.embedding_dim}; the direct manner compares new vectors with old ones, "
+                f"so it must equal old.embedding_dim ({self.old.embedding_dim})"
+            )
+        if self.new.weights is not None:
+            raise ValueError("new.weights is set; the new model is the one that is trained. Remove it")
+        return self
+
+    def result_values(self) -> dict[str, Any]:
+        """The settings that can change weights or reported numbers; the fingerprint covers these alone."""
+        values = self.model_dump(mode="json", include=set(RESULT_SECTIONS))
+        values["seed"] = self.run.seed
+        return values
+
+    def fingerprint(self) -> str:
+        """16 hex digits over :meth:`result_values`."""
+        text = json.dumps(self.result_values(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+RESULT_SECTIONS = ("data", "augment", "old", "new", "head", "compat", "optim", "evaluation")
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a TOML file, apply ``a.b=value`` overrides, validate.
+
+    Errors: ConfigError naming file, key, value, rule and the nearest known key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config {path} does not exist; name a TOML file, for example configs/quickstart.toml") from None
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {path} is not valid TOML: {error}") from None
+    for override in overrides or []:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], origin: str, json_mode: bool = False) -> Config:
+    """Validate plain values (``json_mode``: as they come back from JSON); the first problem becomes a ConfigError."""
+    try:
+        return Config.model_validate_json(json.dumps(values)) if json_mode else Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_one_line(error)}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r} is not KEY=VALUE; for example --set optim.lr=0.05")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    table = values
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    if value == "none":
+        table.pop(last, None)
+    else:
+        table[last] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = error.errors(include_url=False)
+    problem = problems[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
+        return f"unknown key {key!r}; {hint}{more}"
+    if problem["type"] == "missing":
+        return f"{key} is missing; it has no default. Add it.{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}.{more}" if key else f"{message}.{more}"
+    return f"{key} is {problem['input']!r}; {message[0].lower()}{message[1:]}.{more}"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
+
+
+def parse_synthetic(values: dict[str, Any]) -> SyntheticConfig:
+    """The synthetic data set's section alone, for commands that have no config file."""
+    try:
+        return SyntheticConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(f"{problem['loc'][0]} is {problem['input']!r}; {problem['msg'].lower()}") from None
