@@ -1,0 +1,207 @@
+"""Train one network to its last step: resume, step, report, checkpoint, and leave its weights behind."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lce_dist.batch import Batch
+from lce_dist.collectives import gather_rows
+from lce_dist.config import Config
+from lce_dist.errors import RunError
+from lce_dist.head.layer import ShardedHead
+from lce_dist.head.optimizer import HeadSGD
+from lce_dist.training.checkpoint import Checkpoints
+from lce_dist.training.engine import Engine
+from lce_dist.training.schedules import lr_at
+from lce_dist.training.step import Compatibility, LossTerms, train_step
+from lce_dist.world import World
+
+Report = Callable[[dict[str, Any]], None]
+BatchSource = Callable[[int], AbstractContextManager[Iterator[Batch]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network to train: its name ("old", "new", "independent"), classes, steps and directory."""
+
+    name: str
+    num_classes: int
+    embedding_dim: int
+    total_steps: int
+    seed: int
+    directory: Path
+    fingerprint: str
+    mlflow_run_id: str | None
+
+
+def train_stage(
+    stage: Stage,
+    net: nn.Module,
+    config: Config,
+    compat: Compatibility | None,
+    batches_from: BatchSource,
+    hash_ids: Callable[[np.ndarray], str],
+    world: World,
+    report: Report,
+) -> float:
+    """Train ``net`` in place and return the images per second of this call (0 when nothing was left to do).
+
+    ``batches_from(step)`` yields the batches of steps ``step``, ``step + 1``, ... of the run.
+    Errors: RunError when the loss is not finite; no checkpoint is written from then on.
+    """
+    optim = config.optim
+    head = ShardedHead(config.head, stage.num_classes, stage.embedding_dim, stage.seed, world)
+    if compat is not None and compat.config.rows_from_old:
+        with torch.no_grad():
+            head.weight.copy_(compat.old_space.centre_SD * head.weight.norm(dim=1, keepdim=True))
+    head_optimizer = HeadSGD(head, optim.momentum, optim.weight_decay, optim.clip_norm)
+    engine = Engine(net, optim, world)
+    checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head_optimizer, world)
+
+    state = checkpoints.resume(stage.fingerprint, lambda text: report({"type": "warning", "text": text}))
+    first_step = 0 if state is None else int(state["step"])
+    report(
+        {
+            "type": "stage_start",
+            "stage": stage.name,
+            "total_steps": stage.total_steps,
+            "first_step": first_step,
+            "num_classes": stage.num_classes,
+        }
+    )
+    ids_log = _IdsLog(stage.directory / "batch_ids.tsv", first_step, hash_ids) if world.is_first else None
+    net.train()
+    meter = _Meter()
+    with batches_from(first_step) as batches:
+        for step in range(first_step, stage.total_steps):
+            # dropout is the only consumer; the same stream whether or not the run was interrupted
+            torch.manual_seed(_step_seed(stage.seed, step, world.rank))
+            meter.wait()
+            batch = next(batches)
+            meter.work()
+            lr = lr_at(step, stage.total_steps, optim.lr, optim.warmup_fraction)
+            terms = train_step(engine, head, compat, batch, world)
+            net_norm = engine.step(lr)
+            head_norm = head_optimizer.step(lr * (optim.head_lr or optim.lr) / optim.lr)
+            meter.images += batch.global_rows
+            ids = gather_rows(batch.sample_ids.to(world.device), batch.rows_per_rank, world)
+            if ids_log is not None:
+                ids_log.write(step, ids.cpu().numpy())
+
+            done = step + 1
+            if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
+                _check_finite(terms, stage.name, step)
+                metrics = _metrics(terms, lr, float(net_norm), float(head_norm), meter, compat is not None)
+                remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
+                report(
+                    {
+                        "type": "metrics",
+                        "stage": stage.name,
+                        "step": done,
+                        "total_steps": stage.total_steps,
+                        "metrics": metrics,
+                        "eta_s": remaining_s,
+                    }
+                )
+            if done % config.checkpoint.every_steps == 0 or done == stage.total_steps:
+                _check_finite(terms, stage.name, step)
+                checkpoints.save(
+                    done,
+                    {
+                        "stage": stage.name,
+                        "fingerprint": stage.fingerprint,
+                        "random": {"seed": stage.seed, "next_step": done},
+                        "samples_read": {"next_step": done},
+                        "num_ranks": world.size,
+                        "mlflow_run_id": stage.mlflow_run_id,
+                    },
+                )
+                report({"type": "checkpoint", "stage": stage.name, "step": done})
+    engine.average_buffers()
+    if ids_log is not None:
+        ids_log.close()
+    return meter.images_per_s
+
+
+class _Meter:
+    """Images per second and the share of time spent waiting for data, over the whole call."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self._start = self._mark = time.perf_counter()
+        self._waited_s = 0.0
+
+    def wait(self) -> None:
+        self._mark = time.perf_counter()
+
+    def work(self) -> None:
+        self._waited_s += time.perf_counter() - self._mark
+
+    @property
+    def images_per_s(self) -> float:
+        return self.images / (time.perf_counter() - self._start)
+
+    @property
+    def wait_fraction(self) -> float:
+        return self._waited_s / (time.perf_counter() - self._start)
+
+    def steps_per_s(self, steps: int) -> float:
+        return steps / (time.perf_counter() - self._start)
+
+
+class _IdsLog:
+    """``step<TAB>rows<TAB>hash of the global batch's sample ids``: equal for every number of ranks."""
+
+    def __init__(self, path: Path, first_step: int, hash_ids: Callable[[np.ndarray], str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_text().splitlines()[:first_step] if path.exists() else []
+        self._hash_ids = hash_ids
+        self._file = path.open("w", buffering=1)
+        self._file.writelines(line + "\n" for line in kept)
+
+    def write(self, step: int, ids: np.ndarray) -> None:
+        self._file.write(f"{step}\t{len(ids)}\t{self._hash_ids(ids)}\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _metrics(
+    terms: LossTerms, lr: float, net_norm: float, head_norm: float, meter: _Meter, compatible: bool
+) -> dict[str, float]:
+    metrics = {
+        "loss/total": float(terms.total),
+        "loss/classification": float(terms.classification),
+        "optim/lr": lr,
+        "optim/head_gradient_norm": head_norm,
+        "speed/images_per_s": meter.images_per_s,
+        "speed/data_wait_fraction": meter.wait_fraction,
+    }
+    if math.isfinite(net_norm):
+        metrics["optim/net_gradient_norm"] = net_norm
+    if compatible:
+        metrics["loss/alignment"] = float(terms.alignment)
+        metrics["loss/boundary"] = float(terms.boundary)
+    return metrics
+
+
+def _check_finite(terms: LossTerms, stage: str, step: int) -> None:
+    if not math.isfinite(float(terms.total)):
+        raise RunError(
+            f"stage {stage}: the loss is {float(terms.total)} at step {step}; it must be finite. "
+            "Lower optim.lr or head.scale, or set optim.clip_norm; the checkpoints before it are intact"
+        )
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]) & (2**63 - 1)
