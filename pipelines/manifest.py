@@ -1,0 +1,361 @@
+"""A packed data set on disk: tar shards, one index of byte ranges, and a manifest that vouches for both.
+
+    DIR/NAME-000000.tar ...  WebDataset shards, a .cls and a .jpg member per sample
+    DIR/index.npy            one row per sample: where its JPEG lies, and its label
+    DIR/identities.txt       the identity key of each label, one a line
+    DIR/manifest.json        sizes and hashes of all of it; written last, so its presence means "complete"
+
+Everything is checked once, in :meth:`PackedDataset.open`; what reads samples later trusts it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lce_dist.errors import DataError
+from pipelines.order import Int64Array
+
+FORMAT, VERSION = "lce-dist-shards", 1
+MANIFEST_FILE, INDEX_FILE, IDENTITIES_FILE = "manifest.json", "index.npy", "identities.txt"
+INDEX_DTYPE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i8")])
+
+_TAR_BLOCK_BYTES = 512
+_CHECK_ROWS = 1 << 20  # index rows checked at a time, so that opening 40 million samples needs no gigabytes
+
+FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ShardRecord(_Record):
+    """One tar file: what it must weigh, hold and hash to."""
+
+    file: FileName
+    size_bytes: Annotated[int, Field(ge=1)]
+    num_samples: Annotated[int, Field(ge=1)]
+    sha256: Sha256
+
+
+class Manifest(_Record):
+    """The contents of manifest.json. ``source`` names what was packed, so that a second run can reuse it."""
+
+    format: str
+    version: int
+    name: str
+    num_samples: Annotated[int, Field(ge=1)]
+    num_identities: Annotated[int, Field(ge=1)]
+    shards: list[ShardRecord]
+    index_sha256: Sha256
+    identities_sha256: Sha256
+    source: str
+    fingerprint: Sha256
+
+    def content_fingerprint(self) -> str:
+        """64 hex digits over everything that a reader of the data can see."""
+        text = json.dumps(self.model_dump(exclude={"fingerprint", "source"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Some identities of a packed data set, with labels 0 .. C-1 in the sorted order of their keys.
+
+    sample_ids (N,): rows of the packed data set, ascending; labels (N,); identities: the C keys.
+    """
+
+    dataset: PackedDataset
+    sample_ids: Int64Array
+    labels: Int64Array
+    identities: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.identities)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedDataset:
+    """A packed data set that was found whole; ``index`` is mapped from disk, not loaded."""
+
+    directory: Path
+    manifest: Manifest
+    index: npt.NDArray[np.void]
+    identities: tuple[str, ...]
+
+    @classmethod
+    def open(cls, directory: Path) -> PackedDataset:
+        """Open and check a packed data set; shard contents are not read (see :func:`verify_checksums`).
+
+        Errors: DataError naming the file, its value, the rule and the fix.
+        """
+        manifest = _read_manifest(directory)
+        for shard in manifest.shards:
+            _check_shard_size(directory, shard)
+        _check_hash(directory / INDEX_FILE, manifest.index_sha256)
+        _check_hash(directory / IDENTITIES_FILE, manifest.identities_sha256)
+        # Not splitlines(): it would also split at characters that a key may hold, such as U+2028.
+        identities = tuple((directory / IDENTITIES_FILE).read_bytes().decode("utf-8").split("\n")[:-1])
+        index = _map_index(directory / INDEX_FILE)
+        if len(identities) != manifest.num_identities or len(index) != manifest.num_samples:
+            raise DataError(
+                f"{directory / MANIFEST_FILE} promises {manifest.num_samples} samples of {manifest.num_identities} "
+                f"identities; {INDEX_FILE} has {len(index)} rows and {IDENTITIES_FILE} {len(identities)} lines. "
+                "Pack the data set again"
+            )
+        _check_rows(directory / INDEX_FILE, index, manifest.shards, identities)
+        return cls(directory, manifest, index, identities)
+
+    @property
+    def num_samples(self) -> int:
+        return self.manifest.num_samples
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    def shard_path(self, shard: int) -> Path:
+        """The tar file that shard number ``shard`` of the index lies in."""
+        return self.directory / self.manifest.shards[shard].file
+
+    def sample_key(self, sample_id: int) -> str:
+        """The name of the sample's tar member, read from the header in front of its payload."""
+        row = self.index[sample_id]
+        with open(self.shard_path(int(row["shard"])), "rb") as file:
+            header = os.pread(file.fileno(), _TAR_BLOCK_BYTES, int(row["offset"]) - _TAR_BLOCK_BYTES)
+        return header[:100].rstrip(b"\0").decode("utf-8", errors="replace")
+
+    def select(self, identity_keys: Iterable[str]) -> View:
+        """The samples of some identities, relabelled 0 .. C-1 in the sorted order of the keys.
+
+        Errors: DataError for an unknown or repeated key, or none at all.
+        """
+        keys = tuple(sorted(identity_keys))
+        if not keys:
+            raise DataError(f"{self.directory}: no identity was selected; a view needs at least 1")
+        label_of = {key: label for label, key in enumerate(self.identities)}
+        new_labels = np.full(len(self.identities), -1, dtype=np.int64)
+        for new_label, key in enumerate(keys):
+            if key not in label_of:
+                raise DataError(f"{self.directory} has no identity {key!r} (it has {len(self.identities)} others)")
+            if new_labels[label_of[key]] >= 0:
+                raise DataError(f"identity {key!r} was selected twice; name each once")
+            new_labels[label_of[key]] = new_label
+        labels = new_labels[self.index["label"]]
+        sample_ids = np.flatnonzero(labels >= 0).astype(np.int64)
+        digest = hashlib.sha256("\n".join((self.fingerprint, *keys)).encode()).hexdigest()
+        return View(self, sample_ids, labels[sample_ids], keys, digest)
+
+
+@dataclass(frozen=True)
+class IdentitySplit:
+    """Who trains and who is tested: ``heldout`` shares nobody with ``train``; ``old`` is a part of ``train``."""
+
+    train: tuple[str, ...]
+    old: tuple[str, ...]
+    heldout: tuple[str, ...]
+
+
+def split_identities(identities: Iterable[str], heldout: int, old_fraction: float, seed: int) -> IdentitySplit:
+    """Split identity keys by a seeded hash of each key, so that the order of the input does not matter.
+
+    Errors: DataError when train, old or heldout would hold fewer than 2 identities.
+    """
+    keys = sorted(identities)
+    if len(set(keys)) != len(keys):
+        repeated = next(key for key, following in itertools.pairwise(keys) if key == following)
+        raise DataError(f"identity {repeated!r} appears twice; keys must be unique")
+    if heldout < 2 or len(keys) - heldout < 2:
+        raise DataError(
+            f"data.heldout_identities is {heldout} of {len(keys)} identities; must leave at least 2 on each side "
+            f"(2 to {len(keys) - 2}). Lower it or bring more identities"
+        )
+    by_chance = sorted(keys, key=lambda key: _keyed_hash(seed, "heldout", key))
+    train = sorted(by_chance[heldout:])
+    num_old = round(old_fraction * len(train))
+    if not 2 <= num_old <= len(train):
+        raise DataError(
+            f"data.old_identities is {old_fraction} of {len(train)} training identities = {num_old}; must give "
+            f"2 to {len(train)}. Use {2 / len(train):.3g} or more, up to 1"
+        )
+    old = sorted(sorted(train, key=lambda key: _keyed_hash(seed, "old", key))[:num_old])
+    return IdentitySplit(tuple(train), tuple(old), tuple(sorted(by_chance[:heldout])))
+
+
+def verify_checksums(dataset: PackedDataset, progress: Callable[[int, int], None] | None = None) -> None:
+    """Read every shard and compare it with its hash; ``progress`` gets (shards done, shards).
+
+    Errors: DataError naming the first shard that differs.
+    """
+    for number, shard in enumerate(dataset.manifest.shards):
+        _check_shard_size(dataset.directory, shard)
+        _check_hash(dataset.directory / shard.file, shard.sha256)
+        if progress is not None:
+            progress(number + 1, len(dataset.manifest.shards))
+
+
+def write_description(
+    directory: Path,
+    name: str,
+    shards: Sequence[ShardRecord],
+    index: npt.NDArray[np.void],
+    identities: Sequence[str],
+    source: str,
+) -> Manifest:
+    """Write index, identities and, last and atomically, the manifest of shards that already lie in ``directory``."""
+    np.save(directory / INDEX_FILE, index, allow_pickle=False)
+    (directory / IDENTITIES_FILE).write_text("".join(f"{key}\n" for key in identities), encoding="utf-8", newline="")
+    unsigned = Manifest(
+        format=FORMAT,
+        version=VERSION,
+        name=name,
+        num_samples=len(index),
+        num_identities=len(identities),
+        shards=list(shards),
+        index_sha256=file_sha256(directory / INDEX_FILE),
+        identities_sha256=file_sha256(directory / IDENTITIES_FILE),
+        source=source,
+        fingerprint="0" * 64,
+    )
+    manifest = unsigned.model_copy(update={"fingerprint": unsigned.content_fingerprint()})
+    unfinished = directory / (MANIFEST_FILE + ".partial")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(directory / MANIFEST_FILE)
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """64 hex digits over the file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _keyed_hash(seed: int, purpose: str, key: str) -> bytes:
+    return hashlib.blake2b(f"{seed}\0{purpose}\0{key}".encode(), digest_size=16).digest()
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST_FILE
+    if not directory.is_dir():
+        raise DataError(f"packed data set {directory} does not exist or is no folder; pack one there or name another")
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{directory} has no {MANIFEST_FILE}; packing writes it last, so the data set is incomplete or "
+            "this is no packed data set. Pack it again"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error}); pack the data set again or restore the file") from None
+    found = (values.get("format"), values.get("version")) if isinstance(values, dict) else (None, None)
+    if found != (FORMAT, VERSION):
+        raise DataError(
+            f"{path} has format {found[0]!r} version {found[1]!r}; this release reads {FORMAT!r} version {VERSION}. "
+            "Pack the data set again with this release"
+        )
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise DataError(f"{path} is damaged: {where}: {problem['msg']}; pack the data set again") from None
+    if manifest.fingerprint != manifest.content_fingerprint():
+        raise DataError(f"{path} was edited: its fingerprint does not match its contents; restore it or pack again")
+    return manifest
+
+
+def _check_shard_size(directory: Path, shard: ShardRecord) -> None:
+    path = directory / shard.file
+    try:
+        size_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"shard {path} is missing; the manifest lists it. Restore it or pack again") from None
+    if size_bytes != shard.size_bytes:
+        raise DataError(
+            f"shard {path} is {size_bytes} bytes; the manifest says {shard.size_bytes}, so it was truncated or "
+            "rewritten. Restore it or pack again"
+        )
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    try:
+        found = file_sha256(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; restore it or pack the data set again") from None
+    if found != expected:
+        raise DataError(
+            f"{path} has sha256 {found[:16]}...; the manifest says {expected[:16]}..., so its contents changed. "
+            "Restore it or pack again"
+        )
+
+
+def _map_index(path: Path) -> npt.NDArray[np.void]:
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path} is no index ({error}); pack the data set again") from None
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+        raise DataError(
+            f"{path} has dtype {index.dtype}, shape {index.shape}; must be one row of {INDEX_DTYPE} a sample"
+        )
+    mapped: npt.NDArray[np.void] = index
+    return mapped
+
+
+def _check_rows(
+    path: Path, index: npt.NDArray[np.void], shards: Sequence[ShardRecord], identities: Sequence[str]
+) -> None:
+    shard_bytes = np.array([shard.size_bytes for shard in shards], dtype=np.int64)
+    images_per_label = np.zeros(len(identities), dtype=np.int64)
+    for first in range(0, len(index), _CHECK_ROWS):
+        rows = index[first : first + _CHECK_ROWS]
+        _refuse_first(path, first, rows["label"], (0, len(identities) - 1), "label")
+        _refuse_first(path, first, rows["shard"], (0, len(shards) - 1), "shard")
+        _refuse_first(path, first, rows["size"], (1, 2**31 - 1), "size")
+        _refuse_first(path, first, rows["offset"], (_TAR_BLOCK_BYTES, 2**62), "offset")
+        ends = rows["offset"] + rows["size"]
+        beyond = np.flatnonzero(ends > shard_bytes[rows["shard"]])
+        if beyond.size:
+            sample_id = first + int(beyond[0])
+            shard = shards[int(rows["shard"][beyond[0]])]
+            raise DataError(
+                f"{path}: sample {sample_id} ends at byte {int(ends[beyond[0]])} of {shard.file}, which has "
+                f"{shard.size_bytes}. Pack the data set again"
+            )
+        images_per_label += np.bincount(rows["label"], minlength=len(identities))
+    empty = np.flatnonzero(images_per_label == 0)
+    if empty.size:
+        raise DataError(
+            f"{path}: identity {identities[int(empty[0])]!r} has no images ({empty.size} empty of {len(identities)}); "
+            "each needs at least 1. Remove it from the source and pack again"
+        )
+
+
+def _refuse_first(path: Path, first: int, values: Any, allowed: tuple[int, int], name: str) -> None:
+    wrong = np.flatnonzero((values < allowed[0]) | (values > allowed[1]))
+    if wrong.size:
+        raise DataError(
+            f"{path}: sample {first + int(wrong[0])} has {name} {int(values[wrong[0]])}; "
+            f"must be {allowed[0]} to {allowed[1]}. Pack the data set again"
+        )

@@ -1,0 +1,25 @@
+"""One image of a packed data set as pixels, by Pillow: for contact sheets, never for training."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lce_dist.errors import DataError
+from pipelines.manifest import PackedDataset
+
+
+def decode_sample(dataset: PackedDataset, sample_id: int) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 RGB. Errors: DataError naming shard and key when the image cannot be decoded."""
+    row = dataset.index[sample_id]
+    path = dataset.shard_path(int(row["shard"]))
+    with path.open("rb") as file:
+        file.seek(int(row["offset"]))
+        payload = file.read(int(row["size"]))
+    try:
+        return np.asarray(Image.open(io.BytesIO(payload)).convert("RGB"))
+    except OSError as error:
+        raise DataError(f"{path}: image {dataset.sample_key(sample_id)} cannot be decoded: {error}") from None

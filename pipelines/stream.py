@@ -1,0 +1,280 @@
+"""A plan of sample positions becomes a stream of batches on the device, read and decoded ahead of the consumer.
+
+plan -> [reader thread: pread by offset, draw parameters] -> [DALI threads: decode, augment] -> Batch
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import os
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from lce_dist.batch import Batch
+from lce_dist.config import AugmentConfig
+from lce_dist.errors import DataError
+from pipelines.augment import augment_table
+from pipelines.dali import DecodeFailureError, Decoder, EncodedBatch
+from pipelines.manifest import PackedDataset, View
+from pipelines.order import EpochOrder, Int64Array, rank_rows, rank_slice
+
+MAX_OPEN_SHARDS = 128
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedBatch:
+    """One rank's share of one global batch: (B,) positions into a view, and every rank's row count."""
+
+    epoch: int
+    positions: Int64Array
+    rows_per_rank: tuple[int, ...]
+
+
+def training_plan(
+    order: EpochOrder, rank: int, num_ranks: int, first_step: int, last_step: int
+) -> Iterator[PlannedBatch]:
+    """This rank's batches of the global steps first_step up to, not including, last_step."""
+    for step in range(first_step, last_step):
+        positions = order.batch(step)
+        mine = positions[rank_slice(len(positions), rank, num_ranks)]
+        yield PlannedBatch(order.epoch_of(step), mine, rank_rows(len(positions), num_ranks))
+
+
+def block_plan(num_samples: int, rank: int, num_ranks: int, block_rows: int) -> Iterator[PlannedBatch]:
+    """A pass over all samples in rounds: of round k, rank r takes block k * num_ranks + r.
+
+    Blocks are cut the same whatever the number of ranks, so the same rows meet in the same matrix products.
+    All ranks have as many rounds; in the last one some may have few rows or none.
+    """
+    blocks = -(-num_samples // block_rows)
+    for first in range(0, blocks, num_ranks):
+        edges = [min(block * block_rows, num_samples) for block in range(first, first + num_ranks + 1)]
+        rows = tuple(end - start for start, end in itertools.pairwise(edges))
+        yield PlannedBatch(0, np.arange(edges[rank], edges[rank + 1], dtype=np.int64), rows)
+
+
+class ShardReader:
+    """Reads JPEG payloads by their byte range; keeps at most ``MAX_OPEN_SHARDS`` shards open. Not thread-safe."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    def read(self, sample_ids: Int64Array) -> list[npt.NDArray[np.uint8]]:
+        """The JPEG bytes of each sample.
+
+        Errors: DataError when a shard vanished or shrank since the data set was opened.
+        """
+        rows = self._dataset.index[sample_ids]
+        shards, offsets, sizes = (rows[field].tolist() for field in ("shard", "offset", "size"))
+        payloads = []
+        for sample_id, shard, offset, size in zip(sample_ids.tolist(), shards, offsets, sizes, strict=True):
+            payload = os.pread(self._descriptor(shard), size, offset)
+            if len(payload) != size:
+                raise DataError(
+                    f"shard {self._dataset.shard_path(shard)} gave {len(payload)} bytes of sample {sample_id} at byte "
+                    f"{offset}; the index says {size}, so it shrank after it was opened. Restore it or pack again"
+                )
+            payloads.append(np.frombuffer(payload, dtype=np.uint8))
+        return payloads
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._descriptors.get(shard)
+        if descriptor is not None:
+            self._descriptors.move_to_end(shard)
+            return descriptor
+        path = self._dataset.shard_path(shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or pack again") from None
+        self._descriptors[shard] = descriptor
+        if len(self._descriptors) > MAX_OPEN_SHARDS:
+            os.close(self._descriptors.popitem(last=False)[1])
+        return descriptor
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    """A planned batch whose bytes are in memory."""
+
+    planned: PlannedBatch
+    encoded: EncodedBatch
+
+
+class ImageStream:
+    """Iterates :class:`lce_dist.batch.Batch` over a plan, once; augmented when ``augment`` is given.
+
+    Pixels of a sample depend on (seed, epoch, sample id) only: not on its batch, the ranks or the threads.
+    Use it as a context manager, or close it, to stop its threads before the plan ends.
+    Errors: DataError naming shard and sample when an image cannot be read or decoded.
+    **Memory**: 2 * prefetch encoded and prefetch + 1 decoded batches.
+    """
+
+    def __init__(
+        self,
+        view: View,
+        plan: Iterable[PlannedBatch],
+        image_size: int,
+        augment: AugmentConfig | None,
+        seed: int,
+        device: torch.device,
+        num_threads: int = 1,
+        prefetch: int = 2,
+    ) -> None:
+        self._view = view
+        self._plan = iter(plan)
+        self._image_size = image_size
+        self._augment = augment
+        self._seed = seed
+        self._device = device
+        self._num_threads = num_threads
+        self._prefetch = prefetch
+        self._reader = ShardReader(view.dataset)
+        self._ahead: deque[tuple[PlannedBatch, Future[_Read]]] = deque()
+        self._decoding: deque[_Read] = deque()
+        self._batches = self._generate()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop reading and decoding; batches handed out stay valid."""
+        self._batches.close()
+
+    def _generate(self) -> Generator[Batch, None, None]:
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shard-reader")
+        try:
+            yield from self._decode(pool)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._reader.close()
+            self._ahead.clear()
+            self._decoding.clear()
+
+    def _decode(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        """Decode batch after batch; a batch that outgrows the decoder ends it and the next one has room."""
+        max_rows = 0
+        while self._read_ahead(pool):
+            next_planned = self._ahead[0][0]
+            if len(next_planned.positions) == 0:
+                self._ahead.popleft()
+                yield self._empty(next_planned)
+                continue
+            # Batches of one plan differ by a row at most, so that this decoder usually serves all of them.
+            max_rows = max(max_rows, len(next_planned.positions), max(next_planned.rows_per_rank) + 1)
+            decoder = Decoder(
+                functools.partial(self._next_encoded, pool, max_rows),
+                max_rows,
+                self._image_size,
+                self._augment,
+                self._device,
+                self._num_threads,
+                self._prefetch,
+            )
+            try:
+                yield from self._drain(decoder)
+            finally:
+                decoder.close()
+
+    def _drain(self, decoder: Decoder) -> Iterator[Batch]:
+        while True:
+            try:
+                images = decoder.next()
+            except DecodeFailureError as error:
+                raise self._culprit(self._decoding[0], str(error)) from None
+            if images is None:
+                return
+            read = self._decoding.popleft()
+            yield self._batch(read.planned, images)
+
+    def _next_encoded(self, pool: ThreadPoolExecutor, max_rows: int) -> EncodedBatch | None:
+        """What the decoder gets next; None at the end, and before a batch that it must not or cannot take."""
+        if not self._read_ahead(pool):
+            return None
+        planned, future = self._ahead[0]
+        if not 0 < len(planned.positions) <= max_rows:
+            return None
+        self._ahead.popleft()
+        read = future.result()
+        self._decoding.append(read)
+        self._read_ahead(pool)
+        return read.encoded
+
+    def _read_ahead(self, pool: ThreadPoolExecutor) -> bool:
+        """Keep ``prefetch`` batches being read; False when the plan is used up."""
+        while len(self._ahead) < self._prefetch:
+            planned = next(self._plan, None)
+            if planned is None:
+                break
+            self._ahead.append((planned, pool.submit(self._read, planned)))
+        return bool(self._ahead)
+
+    def _read(self, planned: PlannedBatch) -> _Read:
+        sample_ids = self._view.sample_ids[planned.positions]
+        table = None
+        if self._augment is not None:
+            table = augment_table(self._augment, self._seed, planned.epoch, sample_ids)
+        return _Read(planned, EncodedBatch(self._reader.read(sample_ids), table))
+
+    def _batch(self, planned: PlannedBatch, images: torch.Tensor) -> Batch:
+        return Batch(
+            images=images,
+            labels=torch.from_numpy(self._view.labels[planned.positions]).to(self._device, non_blocking=True),
+            sample_ids=torch.from_numpy(self._view.sample_ids[planned.positions]),
+            rows_per_rank=planned.rows_per_rank,
+        )
+
+    def _empty(self, planned: PlannedBatch) -> Batch:
+        return self._batch(planned, torch.empty((0, 3, self._image_size, self._image_size), device=self._device))
+
+    def _culprit(self, read: _Read, reason: str) -> DataError:
+        """Decode a refused batch image by image, so that the message can name the one that is broken."""
+        dataset = self._view.dataset
+        sample_ids = self._view.sample_ids[read.planned.positions].tolist()
+        for sample_id, jpeg in zip(sample_ids, read.encoded.jpegs, strict=True):
+            problem = _decode_problem(jpeg.tobytes())
+            if problem is not None:
+                shard = dataset.shard_path(int(dataset.index[sample_id]["shard"]))
+                return DataError(
+                    f"shard {shard}: image {dataset.sample_key(sample_id)} (sample {sample_id}) cannot be decoded "
+                    f"({problem}); every image must be a whole JPEG. Restore the shard or pack again without it"
+                )
+        places = sorted({(int(dataset.index[i]["shard"]), dataset.sample_key(i)) for i in sample_ids})
+        named = ", ".join(f"{dataset.shard_path(shard).name}:{key}" for shard, key in places)
+        return DataError(
+            f"data set {dataset.directory}: DALI refuses a batch ({reason}) although Pillow decodes each of its "
+            f"{len(sample_ids)} images: {named}. Halve the batch to find the image, and pack again without it"
+        )
+
+
+def _decode_problem(jpeg: bytes) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(jpeg)) as image:
+                image.load()
+    except Exception as error:  # noqa: BLE001 (Pillow's decoders raise whatever they meet first)
+        return str(error).split("\n", 1)[0].split(" <_io", 1)[0] or type(error).__name__
+    return None
