@@ -162,7 +162,9 @@ def _checked_config(options: KubernetesOptions) -> Config:
 
 
 def _job_name(options: KubernetesOptions, config: Config) -> str:
-    content = json.dumps([options.name, config.fingerprint(), options.nodes, options.overrides, options.with_independent])
+    content = json.dumps(
+        [options.name, config.fingerprint(), options.nodes, options.overrides, options.with_independent]
+    )
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
     stem = re.sub(r"[^a-z0-9]+", "-", options.name)
     stem = stem if stem[0].isalpha() else f"run-{stem.lstrip('-')}"

@@ -219,7 +219,9 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config {path} does not exist; name a TOML file, for example configs/quickstart.toml") from None
+        raise ConfigError(
+            f"config {path} does not exist; name a TOML file, for example configs/quickstart.toml"
+        ) from None
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:

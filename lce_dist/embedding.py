@@ -41,9 +41,7 @@ def embed_batches(net: nn.Module, batches: Iterable[Batch], embedding_dim: int) 
         net.train(was_training)
 
 
-def gather_all(
-    rounds: Iterable[EmbeddedRows], world: World
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gather_all(rounds: Iterable[EmbeddedRows], world: World) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Every rank's rows of all rounds: (N, D) vectors, (N,) labels, (N,) sample ids, on the CPU, on every rank.
 
     **Collectives**: a gather a round. **Memory**: 4 * N * D bytes on every rank; for evaluation sets.

@@ -39,7 +39,7 @@ class SetupError(LceError):
     exit_code = 4
 
 
-class Interrupted(LceError):
+class Interrupted(LceError):  # noqa: N818 - not an error of anybody's
     """The run was stopped from outside and goes on with the same command (exit 5)."""
 
     exit_code = 5

@@ -116,9 +116,7 @@ def load(directory: Path, tensors: dict[str, torch.Tensor], world: World) -> Non
         if shapes.get(name) != list(tensor.shape):
             stored = "absent" if name not in shapes else f"stored with shape {shapes[name]}"
             raise CheckpointError(f"{directory}: {name} is {stored}; this run needs {list(tensor.shape)}")
-    dcp.load(
-        dict(tensors), storage_reader=HuggingFaceStorageReader(path=str(directory)), no_dist=world.size == 1
-    )
+    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(path=str(directory)), no_dist=world.size == 1)
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ from lce_dist.collectives import sum_over_ranks
 from lce_dist.world import World
 
 
-def alignment_loss(weight_SD: torch.Tensor, old_centre_SD: torch.Tensor, num_classes: int, world: World) -> torch.Tensor:
+def alignment_loss(
+    weight_SD: torch.Tensor, old_centre_SD: torch.Tensor, num_classes: int, world: World
+) -> torch.Tensor:
     """Mean over all classes of 1 - cos(class row, old centre); centres have unit rows.
 
     **Collectives**: one all-reduce of one float.

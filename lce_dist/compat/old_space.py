@@ -41,7 +41,11 @@ class OldSpace:
 
     def to(self, device: torch.device) -> OldSpace:
         return OldSpace(
-            self.centre_SD.to(device), self.cos_boundary_S.to(device), self.count_S.to(device), self.num_classes, self.first_class
+            self.centre_SD.to(device),
+            self.cos_boundary_S.to(device),
+            self.count_S.to(device),
+            self.num_classes,
+            self.first_class,
         )
 
 

@@ -85,7 +85,9 @@ class _ChunkedMarginSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        emb_BD, weight_SD, inv_norm_S, row_weight_B, loss_B, target_logit_B, owned_O, target_O, slope_O = ctx.saved_tensors
+        emb_BD, weight_SD, inv_norm_S, row_weight_B, loss_B, target_logit_B, owned_O, target_O, slope_O = (
+            ctx.saved_tensors
+        )
         scale = ctx.scale
         row_B = grads[0] * row_weight_B * scale
         lse_B = target_logit_B + loss_B

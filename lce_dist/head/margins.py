@@ -51,7 +51,9 @@ class ArcFace:
         cos_m, sin_m = math.cos(self.margin_rad), math.sin(self.margin_rad)
         sin = (1.0 - cos * cos).clamp_min(4.0 * torch.finfo(cos.dtype).eps).sqrt()
         inside = cos > -cos_m  # theta < pi - m
-        value = torch.where(inside, cos * cos_m - (1.0 - cos * cos).clamp_min(0.0).sqrt() * sin_m, cos - sin_m * self.margin_rad)
+        value = torch.where(
+            inside, cos * cos_m - (1.0 - cos * cos).clamp_min(0.0).sqrt() * sin_m, cos - sin_m * self.margin_rad
+        )
         slope = torch.where(inside, cos_m + cos / sin * sin_m, torch.ones_like(cos))
         return value, slope
 

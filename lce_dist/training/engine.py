@@ -52,12 +52,13 @@ class Engine:
         self._clip_norm = config.clip_norm
         decayed = [p for p in net.parameters() if p.ndim > 1]
         plain = [p for p in net.parameters() if p.ndim <= 1]
-        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         self._engine, *_ = deepspeed.initialize(
-            model=net.to(world.device), optimizer=optimizer, config=_settings(config, self.bf16), dist_init_required=False
+            model=net.to(world.device),
+            optimizer=optimizer,
+            config=_settings(config, self.bf16),
+            dist_init_required=False,
         )
         self._prime()
 
@@ -65,7 +66,7 @@ class Engine:
         """(b, 3, H, W) -> (b, D) float32; the gradient that comes back is multiplied by the number of ranks."""
         if images.shape[0] == 0:
             raise AssertionError("embed needs at least one row on every rank")
-        return _ScaleGradient.apply(self._engine(images).float(), float(self.world.size))  # type: ignore[no-any-return]
+        return _ScaleGradient.apply(self._engine(images).float(), float(self.world.size))
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's share of the global mean loss."""

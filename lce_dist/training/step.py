@@ -58,7 +58,14 @@ def train_step(
         if compat is not None:
             old, config = compat.old_space, compat.config
             boundary = boundary_loss(
-                emb_GD, labels_G, row_weight_G, old.centre_SD, old.cos_boundary_S, head.first_class, config.boundary, world
+                emb_GD,
+                labels_G,
+                row_weight_G,
+                old.centre_SD,
+                old.cos_boundary_S,
+                head.first_class,
+                config.boundary,
+                world,
             )
             total = total + config.boundary_weight * boundary
             if part == parts - 1:  # the alignment does not depend on the batch: once a step

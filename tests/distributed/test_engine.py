@@ -98,7 +98,11 @@ def plain(optim: OptimConfig, steps: int) -> dict[str, torch.Tensor]:
             torch.nn.utils.clip_grad_norm_([rows], optim.clip_norm)
         model_sgd.step()
         rows_sgd.step()
-    return {"rows": rows.detach(), "loss": torch.stack(losses), **{f"weight.{n}": p.detach() for n, p in model.named_parameters()}}
+    return {
+        "rows": rows.detach(),
+        "loss": torch.stack(losses),
+        **{f"weight.{n}": p.detach() for n, p in model.named_parameters()},
+    }
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_terms_and_gradients_equal_the_loop(run_distributed, size, kind):
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(9)
-    labels = torch.cat([torch.arange(CLASSES - 1).repeat(3), torch.tensor([CLASSES - 1])])  # the last class has one image
+    labels = torch.cat(
+        [torch.arange(CLASSES - 1).repeat(3), torch.tensor([CLASSES - 1])]
+    )  # the last class has one image
     return F.normalize(torch.randn(len(labels), DIM, generator=generator)), labels
 
 

@@ -1,0 +1,295 @@
+"""The command ``lce``: train, and the data commands. Our own errors are one line; exit codes are for scripts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lce_dist.config import Config, SyntheticConfig, load_config, parse_config
+from lce_dist.errors import ConfigError, Interrupted, LceError
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+_EXIT_CODES = (
+    "exit codes: 0 done, 1 failed run, 2 config or data, 4 machine or cluster, 5 interrupted (the same command goes on)"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except LceError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        return Interrupted.exit_code
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="lce", description=__doc__, epilog=_EXIT_CODES, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train old, new and report whether the upgrade is safe",
+        description="Train a backward-compatible model: old model, its space, new model, evaluation.",
+        epilog="examples:\n"
+        "  launch/train.sh --nodes 4\n"
+        "  launch/train.sh --nodes 4 --config configs/omniglot.toml --with-independent\n"
+        "  launch/train.sh --nodes 2 --config mine.toml --set optim.lr=0.05 --name slower\n"
+        "  RAY_ADDRESS=http://HEAD:8265 launch/train.sh --nodes 4\n"
+        "  launch/train.sh --nodes 4 --target k8s --image IMAGE --dry-run\n\n" + _EXIT_CODES,
+        formatter_class=raw,
+    )
+    _add_run_flags(train)
+    train.add_argument(
+        "--target",
+        choices=("auto", "local", "ray", "k8s"),
+        default="auto",
+        help="where: this machine, the cluster of RAY_ADDRESS, Kubernetes (default: ray if RAY_ADDRESS is set, else local)",
+    )
+    train.add_argument("--image", default="lce-dist:0.1.0", help="k8s: container image")
+    train.add_argument("--storage", default="200Gi", help="k8s: size of a new volume, or the name of an existing claim")
+    train.add_argument("--namespace", default="lce-dist", help="k8s: namespace")
+    train.add_argument("--overlay", choices=("gpu", "base"), default="gpu", help="k8s: kustomize overlay")
+    train.add_argument("--dry-run", action="store_true", help="k8s: print the manifests instead of applying them")
+    train.set_defaults(run=_train)
+
+    job = commands.add_parser("job", help="the same run, started inside a Ray cluster (what a submitted job executes)")
+    _add_run_flags(job)
+    job.add_argument(
+        "--config-json-env", metavar="NAME", help="read the resolved config from this environment variable"
+    )
+    job.set_defaults(run=_job)
+
+    data = commands.add_parser("data", help="pack, draw and look at data sets").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    pack = data.add_parser(
+        "pack",
+        help="a folder of images to WebDataset shards",
+        description="Pack FOLDER (or a .zip of it; every folder that holds images is one identity) into OUT.",
+        epilog="example:\n  lce data pack photos/ packed/photos",
+        formatter_class=raw,
+    )
+    pack.add_argument("folder", type=Path)
+    pack.add_argument("out", type=Path)
+    pack.add_argument("--name", default="images", help="shards are NAME-000000.tar (default: images)")
+    pack.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MB (default: 256)")
+    pack.set_defaults(run=_pack)
+    synth = data.add_parser(
+        "synth",
+        help="draw the embedded data set of synthetic faces",
+        epilog="example:\n  lce data synth packed/faces --identities 1000 --photos 20",
+        formatter_class=raw,
+    )
+    synth.add_argument("out", type=Path)
+    synth.add_argument("--identities", type=int, default=600)
+    synth.add_argument("--photos", type=int, default=16, help="photos an identity")
+    synth.add_argument("--size", type=int, default=64, help="pixels")
+    synth.add_argument("--difficulty", type=float, default=0.5, help="0 clean ... 1 extreme")
+    synth.add_argument("--seed", type=int, default=1)
+    synth.set_defaults(run=_synth)
+    show = data.add_parser(
+        "show",
+        help="a contact sheet (PNG) of a packed data set",
+        epilog="example:\n  lce data show packed/faces sheet.png",
+        formatter_class=raw,
+    )
+    show.add_argument("packed", type=Path)
+    show.add_argument("png", type=Path)
+    show.add_argument("--identities", type=int, default=8)
+    show.add_argument("--photos", type=int, default=10)
+    show.add_argument("--tile", type=int, default=96, help="pixels of one photo on the sheet")
+    show.set_defaults(run=_show)
+    verify = data.add_parser("verify", help="read every shard and compare it with the manifest's checksums")
+    verify.add_argument("packed", type=Path)
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, default=_CHECKOUT / "configs" / "quickstart.toml", help="TOML file (default: quickstart)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable"
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="Ray nodes (default: 1)")
+    parser.add_argument("--workers-per-node", type=int, default=1, help="workers, or GPUs, on each node (default: 1)")
+    parser.add_argument("--name", help="run name; results are in RUN_DIR/NAME (default: the config's run.name)")
+    parser.add_argument("--run-dir", help="where runs are kept (default: the config's run.dir, ./runs)")
+    parser.add_argument(
+        "--with-independent", action="store_true", help="also train the new model without compatibility, as a control"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget what this run has done so far")
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    overrides = list(arguments.set)
+    if arguments.name is not None:
+        overrides.append(f"run.name={_toml_string(arguments.name)}")
+    if arguments.run_dir is not None:
+        overrides.append(f"run.dir={_toml_string(arguments.run_dir)}")
+    return load_config(arguments.config, overrides)
+
+
+def _toml_string(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    config = _config(arguments)
+    target = arguments.target
+    if target == "auto":
+        target = "ray" if os.environ.get("RAY_ADDRESS") else "local"
+    if target == "k8s":
+        _submit_to_kubernetes(arguments, config)
+    elif target == "ray":
+        from launch.submit import submit_to_ray
+
+        submit_to_ray(arguments.config, config, _options(arguments, on_cluster=True))
+    else:
+        _run_here(arguments, config, on_cluster=False)
+
+
+def _job(arguments: argparse.Namespace) -> None:
+    name = arguments.config_json_env
+    config = _config(arguments) if name is None else parse_config(json.loads(os.environ[name]), name, json_mode=True)
+    _run_here(arguments, config, on_cluster=True)
+
+
+def _run_here(arguments: argparse.Namespace, config: Config, on_cluster: bool) -> None:
+    from rich.console import Console
+
+    from launch.train import train
+
+    train(config, _options(arguments, on_cluster), Console())
+
+
+def _options(arguments: argparse.Namespace, on_cluster: bool):  # type: ignore[no-untyped-def]
+    from launch.train import TrainOptions
+
+    return TrainOptions(
+        arguments.nodes, arguments.workers_per_node, arguments.with_independent, arguments.fresh, on_cluster
+    )
+
+
+def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:
+    from launch.kubernetes import KubernetesOptions, apply, job_name, render
+
+    if arguments.fresh:
+        raise ConfigError(
+            "--fresh is for runs here; every retry of a Kubernetes job would start over. Use another --name"
+        )
+    options = KubernetesOptions(
+        nodes=arguments.nodes,
+        workers_per_node=arguments.workers_per_node,
+        gpus_per_node=arguments.workers_per_node if arguments.overlay == "gpu" else 0,
+        image=arguments.image,
+        config_path=arguments.config,
+        storage=arguments.storage,
+        namespace=arguments.namespace,
+        overlay=arguments.overlay,
+        name=config.run.name,
+        overrides=tuple(arguments.set),
+        with_independent=arguments.with_independent,
+    )
+    if arguments.dry_run:
+        print(render(options), end="")
+        return
+    apply(options)
+    name = job_name(options)
+    print(f"RayJob {arguments.namespace}/{name} is on its way; follow it with:")
+    print(f"  kubectl --namespace {arguments.namespace} logs --follow job/{name}")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    from pipelines.pack import pack_folder
+
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", arguments.name):
+        raise ConfigError(f"--name is {arguments.name!r}; must be letters, digits, '.', '_' or '-'")
+    if arguments.shard_mb < 1:
+        raise ConfigError(f"--shard-mb is {arguments.shard_mb}; must be at least 1")
+    with _counter() as count:
+        packed = pack_folder(
+            arguments.folder,
+            arguments.out,
+            arguments.name,
+            shard_size_bytes=arguments.shard_mb << 20,
+            progress=lambda done, total: count("packing", done, total),
+        )
+    print(f"{arguments.out}: {packed.num_samples:,} images of {len(packed.identities):,} identities")
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from launch.prepare import draw_faces
+    from lce_dist.config import parse_synthetic
+
+    config: SyntheticConfig = parse_synthetic(
+        {
+            "identities": arguments.identities,
+            "photos_per_identity": arguments.photos,
+            "photo_size": arguments.size,
+            "difficulty": arguments.difficulty,
+            "seed": arguments.seed,
+        }
+    )
+    with _counter() as count:
+        packed = draw_faces(config, arguments.out, count)
+    print(f"{arguments.out}: {packed.num_samples:,} images of {len(packed.identities):,} identities")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from launch.train import sheet_of
+    from pipelines.manifest import PackedDataset
+
+    for flag, value in (
+        ("--identities", arguments.identities),
+        ("--photos", arguments.photos),
+        ("--tile", arguments.tile),
+    ):
+        if value < 1:
+            raise ConfigError(f"{flag} is {value}; must be at least 1")
+    sheet = sheet_of(PackedDataset.open(arguments.packed), arguments.identities, arguments.photos, arguments.tile)
+    arguments.png.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.png)
+    print(f"{arguments.png}: {sheet.width} x {sheet.height}")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from pipelines.manifest import PackedDataset, verify_checksums
+
+    dataset = PackedDataset.open(arguments.packed)
+    with _counter() as count:
+        verify_checksums(dataset, lambda done, total: count("verifying", done, total))
+    print(f"{arguments.packed}: {dataset.num_samples:,} images, every shard as packed")
+
+
+def _counter():  # type: ignore[no-untyped-def]
+    from contextlib import contextmanager
+
+    from rich.console import Console
+
+    from launch.progress import RunProgress
+
+    @contextmanager
+    def counting():  # type: ignore[no-untyped-def]
+        with RunProgress(Console(stderr=True)) as progress:
+            yield progress.count
+
+    return counting()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

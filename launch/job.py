@@ -1,0 +1,220 @@
+"""The composition root: what every worker does, stage after stage, in one function that reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from launch.report import write_report
+from lce_dist.batch import Batch
+from lce_dist.collectives import barrier
+from lce_dist.compat.old_space import OldSpace, compute_old_space, load_old_space, save_old_space
+from lce_dist.config import Config, NetConfig
+from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
+from lce_dist.evaluation.metrics import EmbeddingSet
+from lce_dist.models.catalog import build_net
+from lce_dist.models.weights import fingerprint, load_weights, save_weights
+from lce_dist.training.loop import Report, Stage, train_stage
+from lce_dist.training.plan import plan_stage
+from lce_dist.training.step import Compatibility
+from lce_dist.world import World
+from pipelines.manifest import PackedDataset, View, split_identities
+from pipelines.order import EpochOrder, hash_ids
+from pipelines.stream import ImageStream, block_plan, training_plan
+
+# Embedding passes read in blocks of this many rows whatever the number of ranks: the same rows meet in the
+# same matrix product, so vectors, centres and scores are the same on any number of ranks.
+_BLOCK_ROWS = 128
+_CACHE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a worker is told."""
+
+    config: Config
+    data_dir: Path
+    run_dir: Path
+    cache_dir: Path
+    with_independent: bool
+    mlflow_run_ids: dict[str, str | None]
+
+
+def run_job(job: Job, world: World, report: Report) -> None:
+    """Train old, measure its space, train new (and independent), evaluate, write the report."""
+    config = job.config
+    torch.set_num_threads(1 if world.device.type == "cpu" and world.size > 1 else torch.get_num_threads())
+    dataset = PackedDataset.open(job.data_dir)
+    split = split_identities(
+        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
+    )
+    old_view, train_view, test_view = (dataset.select(keys) for keys in (split.old, split.train, split.heldout))
+
+    old = _network(job, "old", config.old, old_view, None, world, report)
+    space = _old_space(job, old, train_view, world, report)
+    compat = Compatibility(config.compat, space.to(world.device))
+    new = _network(job, "new", config.new, train_view, compat, world, report)
+    nets = {"old": (old, config.old), "new": (new, config.new)}
+    if job.with_independent:
+        independent = _network(job, "independent", config.new, train_view, None, world, report)
+        nets["independent"] = (independent, config.new)
+
+    report({"type": "stage_start", "stage": "evaluation", "total_steps": len(nets), "first_step": 0})
+    sets: dict[str, EmbeddingSet] = {}
+    for done, (name, (net, section)) in enumerate(nets.items(), 1):
+        rounds = _embedded(job, net, section, test_view, world)
+        vectors, labels, ids = gather_all(rounds(), world)
+        sets[name] = EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
+        report(
+            {
+                "type": "metrics",
+                "stage": "evaluation",
+                "step": done,
+                "total_steps": len(nets),
+                "metrics": {},
+                "eta_s": 0.0,
+            }
+        )
+    if world.is_first:
+        write_report(job.run_dir, config, sets, _read_speeds(job.run_dir), world)
+        report({"type": "stage_done", "stage": "evaluation"})
+    barrier(world)
+
+
+def _network(
+    job: Job, name: str, section: NetConfig, view: View, compat: Compatibility | None, world: World, report: Report
+) -> nn.Module:
+    """The trained network of one stage: loaded when finished before (or given), trained to its end otherwise."""
+    config = job.config
+    directory = job.run_dir / name
+    seed = int(np.random.SeedSequence([config.run.seed, *name.encode()]).generate_state(1)[0])
+    net = build_net(section.net, section.embedding_dim, config.data.image_size, seed)
+    weights = directory / "model.safetensors"
+    finished = directory / "done.json"
+    if section.weights is not None:
+        load_weights(net, Path(section.weights))
+        report({"type": "stage_skipped", "stage": name, "why": f"weights given: {section.weights}"})
+    elif finished.exists() and weights.exists():
+        load_weights(net, weights)
+        report({"type": "stage_skipped", "stage": name, "why": "finished before"})
+    else:
+        plan = plan_stage(config, len(view.sample_ids), len(view.identities), section.epochs, world.size)
+        order = EpochOrder(plan.num_samples, config.optim.global_batch, seed)
+        stage = Stage(
+            name,
+            plan.num_classes,
+            section.embedding_dim,
+            plan.total_steps,
+            seed,
+            directory,
+            config.fingerprint(),
+            job.mlflow_run_ids.get("parent"),
+        )
+
+        @contextmanager
+        def batches_from(step: int) -> Iterator[Iterator[Batch]]:
+            planned = training_plan(order, world.rank, world.size, step, plan.total_steps)
+            stream = ImageStream(
+                view,
+                planned,
+                config.data.image_size,
+                config.augment,
+                seed,
+                world.device,
+                num_threads=config.cluster.reader_threads,
+            )
+            with stream:
+                yield iter(stream)
+
+        speed = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
+        if world.is_first:
+            card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
+            card |= {"image_size": str(config.data.image_size), "fingerprint": config.fingerprint()}
+            save_weights(net, weights, card)
+            finished_partial = finished.with_suffix(".partial")
+            finished_partial.write_text(json.dumps({"images_per_s": speed, "steps": plan.total_steps}))
+            finished_partial.replace(finished)
+        barrier(world)
+        load_weights(net, weights)  # every rank goes on with the bytes that were published
+        report({"type": "stage_done", "stage": name})
+    return net.to(world.device).eval().requires_grad_(False)
+
+
+def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Report) -> OldSpace:
+    """Centres and boundaries of the old model over the new training set, computed once for both fingerprints."""
+    dim, classes = job.config.old.embedding_dim, len(view.identities)
+    state = {"old_model": fingerprint(old), "data": view.fingerprint, "image_size": job.config.data.image_size}
+    key = "-".join(str(value)[:16] for value in state.values())
+    directory = job.cache_dir / f"old-space-{key}"
+    report({"type": "stage_start", "stage": "centres", "total_steps": 1, "first_step": 0})
+    if directory.exists():
+        cached = load_old_space(directory, classes, dim, world)
+        if cached is not None:
+            report({"type": "stage_skipped", "stage": "centres", "why": "cached for this old model and data"})
+            return cached
+    rounds = _embedded(job, old, job.config.old, view, world)
+    space = compute_old_space(rounds, classes, dim, world)
+    save_old_space(space, directory, state, world)
+    report({"type": "stage_done", "stage": "centres"})
+    return space
+
+
+def _embedded(
+    job: Job, net: nn.Module, section: NetConfig, view: View, world: World
+) -> Callable[[], Iterator[EmbeddedRows]]:
+    """A pass over ``view`` that can be repeated; what fits in memory is computed once."""
+    fits = len(view.sample_ids) * section.embedding_dim * 4 // world.size <= _CACHE_BYTES
+    kept: list[EmbeddedRows] = []
+
+    def rounds() -> Iterator[EmbeddedRows]:
+        if kept:
+            yield from kept
+            return
+        planned = block_plan(len(view.sample_ids), world.rank, world.size, _BLOCK_ROWS)
+        stream = ImageStream(view, planned, job.config.data.image_size, None, 0, world.device)
+        with stream:
+            for rows in embed_batches(net, stream, section.embedding_dim):
+                if fits:
+                    kept.append(rows)
+                yield rows
+
+    return rounds
+
+
+def _read_speeds(run_dir: Path) -> dict[str, float]:
+    speeds: dict[str, float] = {}
+    for path in sorted(run_dir.glob("*/done.json")):
+        speeds[path.parent.name] = float(json.loads(path.read_text())["images_per_s"])
+    return speeds
+
+
+def worker_arguments(job: Job) -> dict[str, Any]:
+    """``job`` as plain values, for the trip to another process."""
+    return {
+        "config": job.config.model_dump(mode="json"),
+        "data_dir": str(job.data_dir),
+        "run_dir": str(job.run_dir),
+        "cache_dir": str(job.cache_dir),
+        "with_independent": job.with_independent,
+        "mlflow_run_ids": job.mlflow_run_ids,
+    }
+
+
+def job_from_arguments(values: dict[str, Any]) -> Job:
+    """The inverse of :func:`worker_arguments`."""
+    return Job(
+        Config.model_validate_json(json.dumps(values["config"])),
+        Path(values["data_dir"]),
+        Path(values["run_dir"]),
+        Path(values["cache_dir"]),
+        values["with_independent"],
+        values["mlflow_run_ids"],
+    )

@@ -1,0 +1,120 @@
+"""What happens before anything is spent: the data set is made or opened, split, and every rule is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lce_dist.config import Config, DataConfig, SyntheticConfig
+from lce_dist.errors import ConfigError
+from lce_dist.models.catalog import build_net
+from lce_dist.models.weights import load_weights
+from lce_dist.training.plan import StagePlan, plan_stage
+from pipelines.manifest import IdentitySplit, PackedDataset, split_identities
+from pipelines.pack import pack_folder, pack_images
+from pipelines.synthetic import identity_key, photos
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The packed data set and who sees what of it."""
+
+    dataset: PackedDataset
+    split: IdentitySplit
+    plans: dict[str, StagePlan]
+
+
+def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedDataset:
+    """The packed data set that the config names: opened, or packed once into ``cache``.
+
+    Errors: DataError and ConfigError, one line each.
+    """
+    if config.shards is not None:
+        return PackedDataset.open(Path(config.shards))
+    if config.images is not None:
+        source = Path(config.images)
+        key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
+        return pack_folder(source, cache / f"images-{key}", "images", progress=lambda n, of: progress("packing", n, of))
+    assert config.synthetic is not None
+    return draw_faces(config.synthetic, cache / f"faces-{_short_hash(config.synthetic)}", progress)
+
+
+def draw_faces(config: SyntheticConfig, out: Path, progress: Progress) -> PackedDataset:
+    """The embedded data set, drawn on all cores and packed into ``out``; opened when it is there already."""
+    return pack_images(
+        photos(config, num_processes=os.cpu_count() or 1),
+        [identity_key(number) for number in range(config.identities)],
+        config.identities * config.photos_per_identity,
+        out,
+        "faces",
+        _short_hash(config),
+        progress=lambda n, of: progress("drawing faces", n, of),
+    )
+
+
+def _short_hash(config: SyntheticConfig) -> str:
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path, progress: Progress) -> Prepared:
+    """Make or open the data set, split it, and check everything that can be known before training."""
+    for section in (config.old, config.new):
+        build_net(section.net, section.embedding_dim, config.data.image_size, seed=0)
+    if config.old.weights is not None:
+        load_weights(
+            build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0),
+            Path(config.old.weights),
+        )
+    dataset = prepare_data(config.data, cache, progress)
+    split = split_identities(
+        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
+    )
+    plans: dict[str, StagePlan] = {}
+    networks = {"old": (split.old, config.old), "new": (split.train, config.new)}
+    if with_independent:
+        networks["independent"] = (split.train, config.new)
+    for name, (identities, section) in networks.items():
+        if section.weights is None:
+            view = dataset.select(identities)
+            plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
+    return Prepared(dataset, split, plans)
+
+
+def claim_run_dir(config: Config, run_dir: Path) -> bool:
+    """Bind ``run_dir`` to this config; returns whether an earlier attempt is being continued.
+
+    Errors: ConfigError listing the keys that differ from those that the run was started with.
+    """
+    path = run_dir / "config.json"
+    values = config.result_values()
+    if path.exists():
+        try:
+            started = json.loads(path.read_text())
+        except json.JSONDecodeError:
+            raise ConfigError(f"{path} is damaged; remove {run_dir} or choose another run.name") from None
+        differing = sorted(_differing(started, values))
+        if differing:
+            raise ConfigError(
+                f"run {run_dir} was started with other settings ({'; '.join(differing)}). "
+                "Choose another run.name (--name), or remove that directory"
+            )
+        return True
+    run_dir.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2))
+    partial.replace(path)
+    return False
+
+
+def _differing(started: object, now: object, prefix: str = "") -> list[str]:
+    if isinstance(started, dict) and isinstance(now, dict):
+        keys = sorted(started.keys() | now.keys())
+        return [line for key in keys for line in _differing(started.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if started == now else [f"{prefix[:-1]} {started!r} then, {now!r} now"]

@@ -1,0 +1,108 @@
+"""What a person sees while a run goes on: one live line a stage in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+_NAMES = {
+    "old": "old model",
+    "centres": "old space",
+    "new": "new model",
+    "independent": "independent",
+    "evaluation": "evaluation",
+}
+_PLAIN_EVERY_S = 10.0
+
+
+class RunProgress:
+    """Shows events; in a terminal as bars, otherwise as a line at most every ten seconds a stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+            transient=False,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._printed_s: dict[str, float] = {}
+
+    def __enter__(self) -> RunProgress:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """One line above the bars."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Progress of something that only counts, such as packing."""
+        self._update(what, done, total, "", last=done == total)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event of the job; kinds that say nothing to a person are passed over."""
+        kind, stage = event["type"], event.get("stage", "")
+        name = _NAMES.get(stage, stage)
+        if kind == "stage_start":
+            classes = f", {event['num_classes']:,} classes" if "num_classes" in event else ""
+            if event["first_step"]:
+                self.note(f"{name}: going on from step {event['first_step']} of {event['total_steps']}{classes}")
+            elif not self._live:
+                self.note(f"{name}: {event['total_steps']} steps{classes}")
+            self._update(name, event["first_step"], event["total_steps"], "", last=self._live)
+        elif kind == "metrics":
+            self._update(
+                name, event["step"], event["total_steps"], _detail(event), event["step"] == event["total_steps"]
+            )
+        elif kind == "stage_done":
+            if name in self._tasks:
+                self._progress.update(self._tasks[name], completed=self._progress.tasks[self._tasks[name]].total)
+            if not self._live:
+                self.note(f"{name}: done")
+        elif kind == "stage_skipped":
+            self.note(f"{name}: {event['why']}")
+            if name in self._tasks:
+                self._progress.update(self._tasks[name], completed=self._progress.tasks[self._tasks[name]].total)
+        elif kind == "warning":
+            self.note(f"warning: {event['text']}")
+
+    def _update(self, name: str, done: int, total: int, detail: str, last: bool) -> None:
+        if self._live:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(name, total=total, detail="")
+            self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
+        elif detail or last:
+            now = time.monotonic()
+            if last or now - self._printed_s.get(name, -_PLAIN_EVERY_S) >= _PLAIN_EVERY_S:
+                self._printed_s[name] = now
+                self.note(f"{name}: {done}/{total} {detail}".rstrip())
+
+
+def _detail(event: dict[str, Any]) -> str:
+    metrics = event["metrics"]
+    if "loss/total" not in metrics:
+        return ""
+    parts = [f"{metrics['speed/images_per_s']:5.0f} images/s", f"loss {metrics['loss/total']:.3f}"]
+    parts += [
+        f"{word} {metrics[key]:.3f}"
+        for word, key in (("align", "loss/alignment"), ("boundary", "loss/boundary"))
+        if key in metrics
+    ]
+    minutes, seconds = divmod(round(event["eta_s"]), 60)
+    return "  ".join([*parts, f"ETA {minutes}:{seconds:02d}"])

@@ -1,0 +1,235 @@
+"""Ray: local nodes or a given cluster, one TorchTrainer for all stages, and the events that come back.
+
+The door to ray. Ray supervises the workers and restarts them; what they resume from is our own verified
+checkpoint, so each attempt of Ray Train gets a name of its own and its snapshot is never read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.job import Job, job_from_arguments, run_job, worker_arguments
+from lce_dist.errors import LceError, RunError, SetupError
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+
+_OBJECT_STORE_BYTES = 80 << 20  # nothing large travels through Ray
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How many nodes, how many workers on each, and whether each has a GPU."""
+
+    nodes: int
+    workers_per_node: int
+    use_gpu: bool
+
+    @property
+    def num_ranks(self) -> int:
+        return self.nodes * self.workers_per_node
+
+
+def local_gpus() -> int:
+    """GPUs that this machine offers to torch."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+@contextlib.contextmanager
+def local_nodes(placement: Placement) -> Iterator[None]:
+    """Start ``placement.nodes`` raylets on this machine and connect; they end with this process, however it ends."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    _quiet()
+    node = {
+        "num_cpus": placement.workers_per_node,
+        "num_gpus": placement.workers_per_node if placement.use_gpu else 0,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        for _ in range(placement.nodes - 1):
+            cluster.add_node(wait=False, **node)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@contextlib.contextmanager
+def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]:
+    """Connect to a running cluster and check that it has the nodes and devices asked for."""
+    import ray
+
+    _quiet()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise SetupError(f"Ray cluster {address} does not answer: {error}. Check RAY_ADDRESS") from None
+    try:
+        resource = "GPU" if placement.use_gpu else "CPU"
+        fitting = [
+            n for n in ray.nodes() if n["Alive"] and n["Resources"].get(resource, 0) >= placement.workers_per_node
+        ]
+        if len(fitting) < placement.nodes:
+            raise SetupError(
+                f"--nodes is {placement.nodes}; the cluster has {len(fitting)} nodes with at least "
+                f"{placement.workers_per_node} {resource}. Use --nodes {len(fitting)} or add nodes"
+            )
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_gpus() -> int:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
+    """Run the job's workers and yield their events until they end.
+
+    A worker or node that dies is restarted, all workers together, up to ``cluster.max_failures`` times.
+    Errors: our own errors from a worker as they are (never retried); RunError for anything else.
+    """
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+    arguments = {**worker_arguments(job), "mailbox": mailbox, "use_gpu": placement.use_gpu, "nodes": placement.nodes}
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=placement.num_ranks,
+            use_gpu=placement.use_gpu,
+            resources_per_worker={"CPU": 1, **({"GPU": 1} if placement.use_gpu else {})},
+            placement_strategy="STRICT_SPREAD" if placement.workers_per_node == 1 else "PACK",
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{uuid.uuid4().hex[:12]}",
+            storage_path=str(job.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=job.config.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(),
+            worker_runtime_env={"env_vars": _worker_environment(placement)},  # type: ignore[call-arg]
+        ),
+    )
+    outcome: queue.Queue[BaseException | None] = queue.Queue()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            outcome.put(None)
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that can act on it
+            outcome.put(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    fatal: LceError | None = None
+    while True:
+        ended = not thread.is_alive()
+        for event in ray.get(mailbox.take.remote()):
+            if event["type"] == "fatal":
+                fatal = _error_of(event)
+            else:
+                yield event
+        if fatal is not None:
+            raise fatal
+        if ended:
+            break
+        time.sleep(_POLL_S)
+    error = outcome.get()
+    if error is not None:
+        raise RunError(
+            f"the workers failed more than cluster.max_failures ({job.config.cluster.max_failures}) times: {_last_line(error)}"
+        )
+
+
+class _Mailbox:
+    """An actor that holds events until the driver takes them; writers never wait for it."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        events, self._events = self._events, []
+        return events
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """Runs in each worker process: makes the World, runs the job, sends what the first rank reports."""
+    import ray
+    import ray.train
+    import torch
+
+    from lce_dist.world import World
+
+    context = ray.train.get_context()
+    device = torch.device("cuda", torch.cuda.current_device()) if arguments["use_gpu"] else torch.device("cpu")
+    world = World(context.get_world_rank(), context.get_world_size(), arguments["nodes"], device)
+    mailbox = arguments["mailbox"]
+
+    def report(event: dict[str, Any]) -> None:
+        if world.is_first:
+            mailbox.put.remote(event)
+
+    report({"type": "workers_up", "pids": os.getpid(), "num_ranks": world.size})
+    try:
+        run_job(job_from_arguments(arguments), world, report)
+    except LceError as error:
+        # retrying cannot help: the driver is told first, then this attempt ends for all ranks
+        fatal = {"type": "fatal", "name": type(error).__name__, "text": str(error)}
+        ray.get(mailbox.put.remote(fatal))
+        raise
+
+
+def _error_of(event: dict[str, Any]) -> LceError:
+    import lce_dist.errors
+
+    error: LceError = getattr(lce_dist.errors, event["name"], RunError)(event["text"])
+    return error
+
+
+def _worker_environment(placement: Placement) -> dict[str, str]:
+    values = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not placement.use_gpu:
+        values |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return values
+
+
+def _quiet() -> None:
+    for name in ("ray", "ray.train", "ray.data", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

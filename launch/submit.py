@@ -1,0 +1,100 @@
+"""The same job on a running Ray cluster: submitted once, followed to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from launch.train import TrainOptions
+from lce_dist.config import Config
+from lce_dist.errors import LceError, RunError, SetupError
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> None:
+    """Submit to RAY_ADDRESS, print the job's log until it ends, and fail as it failed.
+
+    The submission id is made from what is asked for, so asking twice attaches to the job that runs.
+    The run directory must be storage that every node sees under the same path.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise SetupError("RAY_ADDRESS is not set; --target ray needs it, for example RAY_ADDRESS=http://HEAD:8265")
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SetupError(
+            f"Ray cluster {address} takes no jobs: {_first_line(error)}. Check RAY_ADDRESS and RAY_AUTH_TOKEN"
+        ) from None
+
+    config_text = json.dumps(_absolute(config).model_dump(mode="json"))
+    arguments = ["--nodes", str(options.nodes), "--workers-per-node", str(options.workers_per_node)]
+    arguments += ["--with-independent"] * options.with_independent + ["--fresh"] * options.fresh
+    entrypoint = shlex.join(["python", "-m", "launch.cli", "job", "--config-json-env", "LCE_CONFIG_JSON", *arguments])
+    content = hashlib.sha256((config_text + entrypoint).encode()).hexdigest()[:12]
+    job_id = _free_id(client, f"lce-{config.run.name}-{content}")
+    if job_id is not None:
+        client.submit_job(
+            entrypoint=entrypoint,
+            submission_id=job_id,
+            runtime_env={
+                "working_dir": str(_CHECKOUT),
+                "excludes": ["/.venv", "/runs", "/data", "/.git", "/docs", "/benchmarks", "/tests"],
+                "env_vars": {"LCE_CONFIG_JSON": config_text, "COLUMNS": "120"},
+            },
+            metadata={"run": config.run.name, "config": config_path.name},
+        )
+    else:
+        job_id = f"lce-{config.run.name}-{content}"
+        print(f"{job_id} is running already; following it")
+    print(f"job {job_id} on {address}")
+    asyncio.run(_follow(client, job_id))
+    info = client.get_job_info(job_id)
+    if info.status != JobStatus.SUCCEEDED:
+        failure: LceError = RunError(f"job {job_id} ended as {info.status}: {_first_line(info.message or '')}")
+        failure.exit_code = info.driver_exit_code or 1
+        raise failure
+
+
+def _free_id(client, wanted: str) -> str | None:  # type: ignore[no-untyped-def]
+    """``wanted``, freed of an ended job of that id; None while a job of that id runs."""
+    from ray.job_submission import JobStatus
+
+    for job in client.list_jobs():
+        if job.submission_id == wanted:
+            if job.status in (JobStatus.PENDING, JobStatus.RUNNING):
+                return None
+            client.delete_job(wanted)
+    return wanted
+
+
+async def _follow(client, job_id: str) -> None:  # type: ignore[no-untyped-def]
+    async for text in client.tail_job_logs(job_id):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _absolute(config: Config) -> Config:
+    """Paths as seen from here, since the job starts in another directory."""
+    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
+    paths = {
+        key: str(Path(value).resolve())
+        for key in ("images", "shards")
+        if (value := getattr(config.data, key)) is not None
+    }
+    old = config.old
+    if old.weights is not None:
+        old = old.model_copy(update={"weights": str(Path(old.weights).resolve())})
+    return config.model_copy(update={"run": run, "data": config.data.model_copy(update=paths), "old": old})
+
+
+def _first_line(error: object) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Passes the checks and the tests; arguments go to pytest. Sets the environment up on first use.
+#   launch/test.sh                      everything
+#   launch/test.sh tests/unit -k order  a part
+set -euo pipefail
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+"$checkout/launch/setup.sh"
+cd "$checkout"
+bin="$checkout/.venv/bin"
+if [[ $# -eq 0 ]]; then
+    "$bin/ruff" check .
+    "$bin/ruff" format --check .
+    "$bin/mypy"
+    "$bin/lint-imports"
+fi
+exec "$bin/python" -m pytest "$@"

@@ -1,0 +1,298 @@
+"""One run, seen from the driver: prepare, start Ray, follow the events into terminal and MLflow, print the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from launch.job import Job
+from launch.prepare import Prepared, claim_run_dir, prepare
+from launch.progress import RunProgress
+from launch.raytrain import Placement, cluster_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
+from launch.report import result_table
+from lce_dist.config import Config
+from lce_dist.errors import ConfigError, Interrupted, LceError, SetupError
+from lce_dist.evaluation.figures import training_curves
+from lce_dist.tracking import Tracker
+from pipelines.contact_sheet import contact_sheet
+from pipelines.manifest import PackedDataset
+from pipelines.pixels import decode_sample
+
+_TRACKING_CLOSE_S = 60.0
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line adds to a config."""
+
+    nodes: int
+    workers_per_node: int
+    with_independent: bool
+    fresh: bool
+    on_cluster: bool
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--nodes", self.nodes), ("--workers-per-node", self.workers_per_node)):
+            if value < 1:
+                raise ConfigError(f"{flag} is {value}; must be at least 1")
+
+
+def train(config: Config, options: TrainOptions, console: Console) -> dict[str, Any]:
+    """Run (or go on with, or just show) the upgrade that ``config`` describes; returns the report.
+
+    Errors: those of ``prepare`` and ``train_on_ray``; Interrupted on Ctrl-C and SIGTERM.
+    """
+    started_s = time.monotonic()
+    root = Path(config.run.dir).resolve()
+    config, run_dir = _settle_run(config, options, root, console)
+    report_path = run_dir / "report.json"
+    if _is_finished(report_path, options):
+        console.print(f"run {run_dir} finished before; to train it again use --fresh, or another --name")
+        return _conclude(config, run_dir, console, None)
+
+    with _interruptible(), RunProgress(console) as progress:
+        num_ranks = options.nodes * options.workers_per_node
+        prepared = prepare(config, num_ranks, options.with_independent, root / ".cache", progress.count)
+        going_on = claim_run_dir(config, run_dir)
+        if going_on:
+            progress.note(f"going on with run {run_dir}")
+        tracker = Tracker(config.tracking, run_dir, config.run.name, root)
+        status = "FAILED"
+        try:
+            _open_tracking(tracker, config, options, prepared, run_dir)
+            with _cluster(config, options, progress) as placement:
+                job = Job(
+                    config,
+                    prepared.dataset.directory,
+                    run_dir,
+                    root / ".cache",
+                    options.with_independent,
+                    tracker.run_ids(),
+                )
+                for event in train_on_ray(job, placement):
+                    progress.show(event)
+                    _track(tracker, event, run_dir)
+            _track_results(tracker, config, run_dir)
+            status = "FINISHED"
+        except (Interrupted, KeyboardInterrupt):
+            status = "KILLED"
+            raise
+        finally:
+            tracker.end_run("parent", status)
+            if not tracker.close(_TRACKING_CLOSE_S if status == "FINISHED" else 5.0):
+                progress.note("MLflow has not taken everything yet; the rest is sent when this run is started again")
+    return _conclude(config, run_dir, console, time.monotonic() - started_s)
+
+
+def _settle_run(config: Config, options: TrainOptions, root: Path, console: Console) -> tuple[Config, Path]:
+    """The run's directory; a finished run asked for on other ranks gets a neighbour and stays as it is."""
+    run_dir = root / config.run.name
+    if options.fresh and run_dir.exists():
+        shutil.rmtree(run_dir)
+    report = _read_report(run_dir / "report.json")
+    if report is not None and report["num_ranks"] != options.nodes * options.workers_per_node:
+        name = f"{config.run.name}-{options.nodes}x{options.workers_per_node}"
+        console.print(
+            f"run {run_dir} finished on {report['num_ranks']} ranks and is kept; this one on "
+            f"{options.nodes * options.workers_per_node} is {name}"
+        )
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+        run_dir = root / name
+        if options.fresh and run_dir.exists():
+            shutil.rmtree(run_dir)
+    return config, run_dir
+
+
+def _is_finished(report_path: Path, options: TrainOptions) -> bool:
+    report = _read_report(report_path)
+    return report is not None and ("independent_old" in report or not options.with_independent)
+
+
+def _read_report(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ConfigError(f"{path} is damaged; remove it and run the same command again") from None
+    return report
+
+
+@contextmanager
+def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> Iterator[Placement]:
+    ranks = options.nodes * options.workers_per_node
+    wanted = config.cluster.device
+    nodes: AbstractContextManager[None]
+    if options.on_cluster:
+        nodes = given_cluster(Placement(options.nodes, options.workers_per_node, use_gpu=wanted == "gpu"))
+        with nodes:
+            use_gpu = wanted == "gpu" or (wanted == "auto" and cluster_gpus() >= ranks)
+            yield Placement(options.nodes, options.workers_per_node, use_gpu)
+        return
+    gpus = local_gpus() if wanted != "cpu" else 0
+    if wanted == "gpu" and gpus < ranks:
+        raise SetupError(f"cluster.device is 'gpu'; this machine has {gpus} GPUs and {ranks} workers need one each")
+    placement = Placement(options.nodes, options.workers_per_node, use_gpu=gpus >= ranks)
+    progress.note(f"starting {options.nodes} Ray nodes, {options.workers_per_node} worker(s) each, on this machine")
+    with local_nodes(placement):
+        yield placement
+
+
+def _open_tracking(tracker: Tracker, config: Config, options: TrainOptions, prepared: Prepared, run_dir: Path) -> None:
+    split, dataset = prepared.split, prepared.dataset
+    tracker.start_run("parent", config.run.name, tags={"lce.fingerprint": config.fingerprint()})
+    tracker.set_tags(
+        "parent", {"lce.num_nodes": options.nodes, "lce.num_ranks": options.nodes * options.workers_per_node}
+    )
+    tracker.log_params("parent", _flat(config.result_values()))
+    tracker.log_params(
+        "parent",
+        {
+            "data.num_images": dataset.num_samples,
+            "data.num_train_identities": len(split.train),
+            "data.num_old_identities": len(split.old),
+            "data.num_heldout_identities": len(split.heldout),
+            "data.fingerprint": dataset.fingerprint[:16],
+        },
+    )
+    (run_dir / "resolved.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2))
+    tracker.log_file("parent", run_dir / "resolved.json", "config")
+    tracker.monitor("parent")
+    sheet = run_dir / "figures" / "contact_sheet.png"
+    if config.data.synthetic is not None and not sheet.exists():
+        # drawn faces belong to nobody; people's own images are not copied into MLflow
+        sheet.parent.mkdir(exist_ok=True)
+        sheet_of(dataset, 8, 8, 64).save(sheet)
+        tracker.log_file("parent", sheet, "figures")
+
+
+def _track(tracker: Tracker, event: dict[str, Any], run_dir: Path) -> None:
+    kind, stage = event["type"], event.get("stage")
+    if stage is None:
+        return
+    if kind == "stage_start":
+        tracker.start_run(stage, stage, parent="parent")
+    elif kind == "metrics" and event["metrics"]:
+        tracker.log_metrics(stage, event["metrics"], event["step"])
+    elif kind == "stage_done":
+        model = run_dir / stage / "model.safetensors"
+        if model.exists():
+            tracker.log_file(stage, model, "model")
+        tracker.end_run(stage)
+    elif kind == "stage_skipped" and stage == "centres":
+        tracker.end_run(stage)
+
+
+def _track_results(tracker: Tracker, config: Config, run_dir: Path) -> None:
+    report = _read_report(run_dir / "report.json")
+    if report is None:
+        raise AssertionError("the workers ended without a report")
+    metrics: dict[str, float] = {"result/criterion_met": float(report["criterion_met"])}
+    for key in ("old_old", "new_old", "new_new", "independent_old", "independent_new"):
+        if key in report:
+            metrics[f"rank1/{key}"] = report[key]["rank1"]
+            for far, value in report[key]["tar_at_far"].items():
+                metrics[f"tar_at_far_{far}/{key}"] = value
+    tracker.log_metrics("parent", metrics, 0)
+    tracker.set_tags("parent", {"mlflow.note.content": _description(report, config)})
+    _draw_curves(run_dir)
+    for figure in sorted((run_dir / "figures").glob("*.png")):
+        if figure.name != "contact_sheet.png":
+            tracker.log_file("parent", figure, "figures")
+    tracker.log_file("parent", run_dir / "report.json")
+
+
+def _draw_curves(run_dir: Path) -> None:
+    """Loss terms of each trained stage, read back from the events that were kept for MLflow."""
+    series: dict[str, dict[str, dict[int, float]]] = {}
+    with (run_dir / "tracking.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                event = json.loads(line)
+                if event.get("kind") == "metrics":
+                    for name, value in event["metrics"].items():
+                        if name.startswith("loss/"):
+                            points = series.setdefault(event["key"], {}).setdefault(name.removeprefix("loss/"), {})
+                            points[event["step"]] = value
+    for stage, curves in series.items():
+        figure = training_curves(
+            {name: sorted(points.items()) for name, points in curves.items()}, f"{stage} model: loss terms", "loss"
+        )
+        figure.savefig(run_dir / "figures" / f"losses_{stage}.png", dpi=150)
+
+
+def _description(report: dict[str, Any], config: Config) -> str:
+    far = f"{report['criterion_far']:g}"
+    rows = [
+        f"| {query} | {gallery} | {report[key]['tar_at_far'][far]:.3f} | {report[key]['rank1']:.3f} |"
+        for key, query, gallery in (("old_old", "old", "old"), ("new_old", "new", "old"), ("new_new", "new", "new"))
+    ]
+    verdict = "**met**" if report["criterion_met"] else "**not met**"
+    head = f"Upgrade `{config.old.net}` to `{config.new.net}`: the compatibility criterion is {verdict}."
+    table = [f"| query model | gallery model | TAR at FAR {far} | rank-1 |", "|---|---|---|---|", *rows]
+    return "\n".join([head, "", *table, "", *report["reasons"]])
+
+
+def _conclude(config: Config, run_dir: Path, console: Console, took_s: float | None) -> dict[str, Any]:
+    report = _read_report(run_dir / "report.json")
+    if report is None:
+        raise AssertionError("the workers ended without a report")
+    console.print(result_table(report))
+    word = "[green]met[/green]" if report["criterion_met"] else "[red]not met[/red]"
+    console.print(f"criterion {word}: {' '.join(report['reasons'])}", highlight=False)
+    if took_s is not None:
+        minutes, seconds = divmod(round(took_s), 60)
+        console.print(
+            f"took {minutes} min {seconds} s; the new model trained at {report['images_per_s']:.0f} images/s",
+            highlight=False,
+        )
+    console.print(f"run: {run_dir}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow: launch/mlflow.sh --dir {run_dir.parent}", highlight=False, soft_wrap=True)
+    return report
+
+
+def sheet_of(dataset: PackedDataset, identities: int, photos: int, tile: int) -> Any:
+    """A contact sheet (PIL image) of the first identities of a packed data set."""
+    rows = []
+    labels = dataset.index["label"]
+    for label, key in enumerate(dataset.identities[:identities]):
+        ids = np.flatnonzero(labels == label)[:photos]
+        rows.append((key, [decode_sample(dataset, int(sample)) for sample in ids]))
+    return contact_sheet(rows, tile, f"{dataset.num_samples:,} images of {len(dataset.identities):,} identities")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run cleanly and say how to go on."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Interrupted(
+            f"stopped by {signal.Signals(number).name}; the same command goes on from the last checkpoint"
+        )
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["LceError", "TrainOptions", "sheet_of", "train"]
