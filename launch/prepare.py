@@ -20,6 +20,8 @@ from pipelines.synthetic import identity_key, photos
 
 Progress = Callable[[str, int, int], None]
 
+_MOST_DRAWERS = 16  # inside a pod the whole host's processors are seen
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -48,7 +50,7 @@ def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedD
 def draw_faces(config: SyntheticConfig, out: Path, progress: Progress) -> PackedDataset:
     """The embedded data set, drawn on all cores and packed into ``out``; opened when it is there already."""
     return pack_images(
-        photos(config, num_processes=os.cpu_count() or 1),
+        photos(config, num_processes=min(_MOST_DRAWERS, len(os.sched_getaffinity(0)))),
         [identity_key(number) for number in range(config.identities)],
         config.identities * config.photos_per_identity,
         out,

@@ -35,6 +35,7 @@ class RunProgress:
         )
         self._tasks: dict[str, TaskID] = {}
         self._printed_s: dict[str, float] = {}
+        self._attempts = 0
 
     def __enter__(self) -> RunProgress:
         if self._live:
@@ -59,7 +60,11 @@ class RunProgress:
         """Show one event of the job; kinds that say nothing to a person are passed over."""
         kind, stage = event["type"], event.get("stage", "")
         name = _NAMES.get(stage, stage)
-        if kind == "stage_start":
+        if kind == "workers_up":
+            self._attempts += 1
+            if self._attempts > 1:
+                self.note("a worker was lost; all of them were restarted and go on from the last checkpoint")
+        elif kind == "stage_start":
             classes = f", {event['num_classes']:,} classes" if "num_classes" in event else ""
             if event["first_step"]:
                 self.note(f"{name}: going on from step {event['first_step']} of {event['total_steps']}{classes}")

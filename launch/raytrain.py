@@ -197,7 +197,7 @@ def _worker(arguments: dict[str, Any]) -> None:
         if world.is_first:
             mailbox.put.remote(event)
 
-    report({"type": "workers_up", "pids": os.getpid(), "num_ranks": world.size})
+    report({"type": "workers_up", "num_ranks": world.size})
     try:
         run_job(job_from_arguments(arguments), world, report)
     except LceError as error:

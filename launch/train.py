@@ -225,10 +225,12 @@ def _draw_curves(run_dir: Path) -> None:
                             points = series.setdefault(event["key"], {}).setdefault(name.removeprefix("loss/"), {})
                             points[event["step"]] = value
     for stage, curves in series.items():
-        figure = training_curves(
-            {name: sorted(points.items()) for name, points in curves.items()}, f"{stage} model: loss terms", "loss"
-        )
-        figure.savefig(run_dir / "figures" / f"losses_{stage}.png", dpi=150)
+        # the two terms of compatibility are a hundredth of the classification loss: a picture of their own
+        for suffix, names in (("", ("total", "classification")), ("_compatibility", ("alignment", "boundary"))):
+            shown = {name: sorted(curves[name].items()) for name in names if name in curves}
+            if shown:
+                figure = training_curves(shown, f"{stage} model: {' and '.join(shown)}", "loss")
+                figure.savefig(run_dir / "figures" / f"losses_{stage}{suffix}.png", dpi=150)
 
 
 def _description(report: dict[str, Any], config: Config) -> str:

@@ -97,7 +97,9 @@ def test_killed_worker_then_killed_driver_ends_with_the_same_report(workplace: W
         assert disturbed[key] == clean[key], key
     for stage in ("old", "new"):
         assert workplace.batch_ids("killed", stage) == workplace.batch_ids("small", stage)
-    weights = [(workplace.folder / "runs" / name / "new" / "model.safetensors").read_bytes() for name in ("small", "killed")]
+    weights = [
+        (workplace.folder / "runs" / name / "new" / "model.safetensors").read_bytes() for name in ("small", "killed")
+    ]
     assert weights[0] == weights[1]
 
 

@@ -27,8 +27,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     ray = str(Path(sys.executable).parent / "ray")
     subprocess.run(
-        [ray, "start", "--head", "--num-cpus=2", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-        + ["--include-dashboard=true", "--disable-usage-stats"],
+        [
+            ray,
+            "start",
+            "--head",
+            "--num-cpus=2",
+            f"--port={gcs}",
+            f"--dashboard-port={dashboard}",
+            "--include-dashboard=true",
+            "--disable-usage-stats",
+        ],
         env={**inherited, **environment},
         check=True,
         capture_output=True,
