@@ -9,15 +9,9 @@ float32 batches with 2 worker threads or processes. The runs are interleaved; th
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import io
-import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +26,7 @@ import webdataset
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from benchmarks.record import Mark, file_stem, write_record
 from lce_dist.config import AugmentConfig
 from pipelines.manifest import PackedDataset, View
 from pipelines.order import EpochOrder
@@ -160,31 +155,7 @@ def image_means(contestant: Contestant) -> np.ndarray:
     return np.sort(np.concatenate([images.double().mean(dim=(1, 2, 3)).numpy() for images in contestant()]))
 
 
-def first_line(command: list[str]) -> str:
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    return finished.stdout.strip().split("\n")[0] or "unknown"
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def describe_machine() -> dict[str, Any]:
-    packages = ("torch", "nvidia-dali-cuda130", "webdataset", "pillow", "numpy")
-    return {
-        "cpu": cpu_name(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
-        "commit": first_line(["git", "rev-parse", "--short", "HEAD"]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def judge(samples: dict[str, list[float]], pixels_equal: bool) -> list[dict[str, Any]]:
+def judge(samples: dict[str, list[float]], pixels_equal: bool) -> list[Mark]:
     """Medians of the ratios within a round, so that a busy moment of the machine weighs on both sides."""
 
     def ratio_to(other: str) -> float:
@@ -192,9 +163,9 @@ def judge(samples: dict[str, list[float]], pixels_equal: bool) -> list[dict[str,
 
     over_pillow, over_dali = ratio_to("WebDataset + Pillow"), ratio_to("DALI tar reader")
     return [
-        {"name": "all three give the same pixels", "value": pixels_equal, "bound": True, "met": pixels_equal},
-        {"name": "ours / WebDataset + Pillow", "value": over_pillow, "bound": 2.5, "met": over_pillow >= 2.5},
-        {"name": "ours / DALI tar reader", "value": over_dali, "bound": 0.9, "met": over_dali >= 0.9},
+        Mark("all three give the same pixels", pixels_equal, "True", pixels_equal),
+        Mark("ours / WebDataset + Pillow", over_pillow, ">= 2.5", over_pillow >= 2.5),
+        Mark("ours / DALI tar reader", over_dali, ">= 0.9", over_dali >= 0.9),
     ]
 
 
@@ -243,27 +214,11 @@ def main() -> int:
     print(f"{'':24}{'median':>10}{'min':>10}{'max':>10}  images/s")
     for name, values in samples.items():
         print(f"{name:24}{statistics.median(values):10.0f}{min(values):10.0f}{max(values):10.0f}")
-    for mark in marks:
-        value = mark["value"] if isinstance(mark["value"], bool) else f"{mark['value']:.2f}"
-        print(f"{mark['name']:34}{value!s:>8}  (at least {mark['bound']}) {'met' if mark['met'] else 'NOT met'}")
-
-    machine = describe_machine()
-    stem = f"reading-{'-'.join(machine['cpu'].split()[:4]).replace('(R)', '').replace('/', '_')}-{machine['date'][:10]}"
+    stem = file_stem("reading")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "benchmark": "reading",
-        "quick": arguments.quick,
-        "machine": machine,
-        "num_images": num_images,
-        "mean_jpeg_bytes": mean_bytes,
-        "images_per_s": samples,
-        "marks": marks,
-    }
-    (arguments.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     draw(samples, arguments.out / f"{stem}.png")
-    num_met = sum(mark["met"] for mark in marks)
-    print(f"marks met: {num_met} of {len(marks)}")
-    return 0 if num_met == len(marks) else 1
+    raw = {"quick": arguments.quick, "num_images": num_images, "mean_jpeg_bytes": mean_bytes, "images_per_s": samples}
+    return write_record("reading", arguments.out, marks, raw, stem)
 
 
 if __name__ == "__main__":
