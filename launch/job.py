@@ -15,7 +15,7 @@ from torch import nn
 
 from launch.report import write_report
 from lce_dist.batch import Batch
-from lce_dist.collectives import barrier
+from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.old_space import OldSpace, compute_old_space, load_old_space, save_old_space
 from lce_dist.config import Config, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
@@ -44,6 +44,7 @@ class Job:
     data_dir: Path
     run_dir: Path
     cache_dir: Path
+    base_dir: Path  # what relative paths in the config are relative to
     with_independent: bool
     mlflow_run_ids: dict[str, str | None]
 
@@ -100,9 +101,9 @@ def _network(
     weights = directory / "model.safetensors"
     finished = directory / "done.json"
     if section.weights is not None:
-        load_weights(net, Path(section.weights))
+        load_weights(net, job.base_dir / section.weights)
         report({"type": "stage_skipped", "stage": name, "why": f"weights given: {section.weights}"})
-    elif finished.exists() and weights.exists():
+    elif all_agree(finished.exists() and weights.exists(), world):
         load_weights(net, weights)
         report({"type": "stage_skipped", "stage": name, "why": "finished before"})
     else:
@@ -155,11 +156,10 @@ def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Repor
     key = "-".join(str(value)[:16] for value in state.values())
     directory = job.cache_dir / f"old-space-{key}"
     report({"type": "stage_start", "stage": "centres", "total_steps": 1, "first_step": 0})
-    if directory.exists():
-        cached = load_old_space(directory, classes, dim, world)
-        if cached is not None:
-            report({"type": "stage_skipped", "stage": "centres", "why": "cached for this old model and data"})
-            return cached
+    cached = load_old_space(directory, classes, dim, world)
+    if cached is not None:
+        report({"type": "stage_skipped", "stage": "centres", "why": "cached for this old model and data"})
+        return cached
     rounds = _embedded(job, old, job.config.old, view, world)
     space = compute_old_space(rounds, classes, dim, world)
     save_old_space(space, directory, state, world)
@@ -203,6 +203,7 @@ def worker_arguments(job: Job) -> dict[str, Any]:
         "data_dir": str(job.data_dir),
         "run_dir": str(job.run_dir),
         "cache_dir": str(job.cache_dir),
+        "base_dir": str(job.base_dir),
         "with_independent": job.with_independent,
         "mlflow_run_ids": job.mlflow_run_ids,
     }
@@ -215,6 +216,7 @@ def job_from_arguments(values: dict[str, Any]) -> Job:
         Path(values["data_dir"]),
         Path(values["run_dir"]),
         Path(values["cache_dir"]),
+        Path(values["base_dir"]),
         values["with_independent"],
         values["mlflow_run_ids"],
     )

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from lce_dist.config import Config, DataConfig, SyntheticConfig
-from lce_dist.errors import ConfigError
+from lce_dist.errors import ConfigError, DataError
 from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
@@ -78,6 +80,12 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     split = split_identities(
         dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
     )
+    heldout = dataset.select(split.heldout)
+    if np.bincount(heldout.labels).max() < 2:
+        raise DataError(
+            f"none of the {len(split.heldout)} held-out identities has 2 images; evaluation compares images of one "
+            "identity. Raise data.heldout_identities, change data.split_seed, or bring more images"
+        )
     plans: dict[str, StagePlan] = {}
     networks = {"old": (split.old, config.old), "new": (split.train, config.new)}
     if with_independent:

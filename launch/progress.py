@@ -68,7 +68,7 @@ class RunProgress:
             classes = f", {event['num_classes']:,} classes" if "num_classes" in event else ""
             if event["first_step"]:
                 self.note(f"{name}: going on from step {event['first_step']} of {event['total_steps']}{classes}")
-            elif not self._live:
+            elif not self._live and event["total_steps"] > 1:
                 self.note(f"{name}: {event['total_steps']} steps{classes}")
             self._update(name, event["first_step"], event["total_steps"], "", last=self._live)
         elif kind == "metrics":

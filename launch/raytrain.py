@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 import uuid
@@ -115,6 +116,7 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    shutil.rmtree(job.run_dir / "ray", ignore_errors=True)  # of earlier attempts; nothing is read from it
     mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
     arguments = {**worker_arguments(job), "mailbox": mailbox, "use_gpu": placement.use_gpu, "nodes": placement.nodes}
     trainer = TorchTrainer(

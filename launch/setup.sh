@@ -44,7 +44,8 @@ step() {
     fi
 }
 rm -f "$stamp"
-if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
+# its commands hold the path that it was made under: after a move it is made anew
+if ! "$venv/bin/python" -c 'import pip' 2>/dev/null || ! grep -qsF "$venv/" "$venv/bin/pip"; then
     rm -rf "$venv"
     step "making .venv with $("$python" --version)" "$python" -m venv "$venv"
 fi

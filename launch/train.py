@@ -73,9 +73,10 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
             with _cluster(config, options, progress) as placement:
                 job = Job(
                     config,
-                    prepared.dataset.directory,
+                    prepared.dataset.directory.resolve(),
                     run_dir,
                     root / ".cache",
+                    Path.cwd(),
                     options.with_independent,
                     tracker.run_ids(),
                 )
@@ -251,7 +252,7 @@ def _conclude(config: Config, run_dir: Path, console: Console, took_s: float | N
         raise AssertionError("the workers ended without a report")
     console.print(result_table(report))
     word = "[green]met[/green]" if report["criterion_met"] else "[red]not met[/red]"
-    console.print(f"criterion {word}: {' '.join(report['reasons'])}", highlight=False)
+    console.print(f"criterion {word}: {' '.join(report['reasons'])}", highlight=False, soft_wrap=True)
     if took_s is not None:
         minutes, seconds = divmod(round(took_s), 60)
         console.print(

@@ -27,6 +27,11 @@ def all_reduce_max(value: torch.Tensor, world: World) -> torch.Tensor:
     return value
 
 
+def all_agree(flag: bool, world: World) -> bool:
+    """Whether ``flag`` holds on every rank; the same answer everywhere, for decisions that lead to collectives."""
+    return all_reduce_max(torch.tensor([float(not flag)], device=world.device), world).item() == 0.0
+
+
 def barrier(world: World) -> None:
     """Wait for every rank."""
     if world.size > 1:

@@ -141,3 +141,10 @@ def test_an_image_that_breaks_after_packing_is_named_at_run_time(workplace, imag
     code, output = workplace.run("train", "--config", str(tmp_path / "c.toml"), "--name", "broken-image")
     assert code == 2, output
     assert "images-000000.tar" in output.splitlines()[-1] and "Traceback" not in output
+
+
+def test_heldout_identities_of_one_image(refused: Callable[..., str], images: Path) -> None:
+    for folder in images.iterdir():
+        for name in ("1.jpg", "2.jpg"):
+            (folder / name).unlink()
+    assert "none of the 8 held-out identities has 2 images" in refused(config=on_images(images))
