@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from lce_dist.config import Config, SyntheticConfig, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
@@ -58,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="where: this machine, the cluster of RAY_ADDRESS, Kubernetes (default: ray if RAY_ADDRESS is set, else local)",
     )
-    train.add_argument("--image", default="lce-dist:0.1.0", help="k8s: container image")
-    train.add_argument("--storage", default="200Gi", help="k8s: size of a new volume, or the name of an existing claim")
-    train.add_argument("--namespace", default="lce-dist", help="k8s: namespace")
-    train.add_argument("--overlay", choices=("gpu", "base"), default="gpu", help="k8s: kustomize overlay")
+    train.add_argument("--image", help="k8s: container image (default: lce-dist:0.1.0)")
+    train.add_argument("--storage", help="k8s: size of a new volume (default: 200Gi), or the name of an existing claim")
+    train.add_argument("--namespace", help="k8s: namespace (default: lce-dist)")
+    train.add_argument("--overlay", choices=("gpu", "base"), help="k8s: kustomize overlay (default: gpu)")
     train.add_argument("--dry-run", action="store_true", help="k8s: print the manifests instead of applying them")
     train.set_defaults(run=_train)
 
@@ -153,6 +154,12 @@ def _train(arguments: argparse.Namespace) -> None:
     target = arguments.target
     if target == "auto":
         target = "ray" if os.environ.get("RAY_ADDRESS") else "local"
+    if target != "k8s":
+        for flag in ("image", "storage", "namespace", "overlay", "dry_run"):
+            if getattr(arguments, flag):
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} belongs to --target k8s; the target is {target}. Remove it"
+                )
     if target == "k8s":
         _submit_to_kubernetes(arguments, config)
     elif target == "ray":
@@ -192,15 +199,19 @@ def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None
         raise ConfigError(
             "--fresh is for runs here; every retry of a Kubernetes job would start over. Use another --name"
         )
+    if arguments.run_dir is not None:
+        raise ConfigError("--run-dir is for runs here; a Kubernetes job writes to /runs of its claim. Use --storage")
+    overlay: Literal["gpu", "base"] = arguments.overlay or "gpu"
+    namespace = arguments.namespace or "lce-dist"
     options = KubernetesOptions(
         nodes=arguments.nodes,
         workers_per_node=arguments.workers_per_node,
-        gpus_per_node=arguments.workers_per_node if arguments.overlay == "gpu" else 0,
-        image=arguments.image,
+        gpus_per_node=arguments.workers_per_node if overlay == "gpu" else 0,
+        image=arguments.image or "lce-dist:0.1.0",
         config_path=arguments.config,
-        storage=arguments.storage,
-        namespace=arguments.namespace,
-        overlay=arguments.overlay,
+        storage=arguments.storage or "200Gi",
+        namespace=namespace,
+        overlay=overlay,
         name=config.run.name,
         overrides=tuple(arguments.set),
         with_independent=arguments.with_independent,
@@ -210,8 +221,8 @@ def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None
         return
     apply(options)
     name = job_name(options)
-    print(f"RayJob {arguments.namespace}/{name} is on its way; follow it with:")
-    print(f"  kubectl --namespace {arguments.namespace} logs --follow job/{name}")
+    print(f"RayJob {namespace}/{name} is on its way; follow it with:")
+    print(f"  kubectl --namespace {namespace} logs --follow job/{name}")
 
 
 def _pack(arguments: argparse.Namespace) -> None:

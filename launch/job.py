@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from launch.report import write_report
@@ -44,6 +43,7 @@ class Job:
     data_dir: Path
     run_dir: Path
     cache_dir: Path
+    fingerprint: str  # of settings, data and given weights
     base_dir: Path  # what relative paths in the config are relative to
     with_independent: bool
     mlflow_run_ids: dict[str, str | None]
@@ -52,7 +52,6 @@ class Job:
 def run_job(job: Job, world: World, report: Report) -> None:
     """Train old, measure its space, train new (and independent), evaluate, write the report."""
     config = job.config
-    torch.set_num_threads(1 if world.device.type == "cpu" and world.size > 1 else torch.get_num_threads())
     dataset = PackedDataset.open(job.data_dir)
     split = split_identities(
         dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
@@ -85,9 +84,8 @@ def run_job(job: Job, world: World, report: Report) -> None:
             }
         )
     if world.is_first:
-        write_report(job.run_dir, config, sets, _read_speeds(job.run_dir), world)
+        write_report(job.run_dir, config, job.fingerprint, sets, _read_speeds(job.run_dir), world)
         report({"type": "stage_done", "stage": "evaluation"})
-    barrier(world)
 
 
 def _network(
@@ -116,7 +114,7 @@ def _network(
             plan.total_steps,
             seed,
             directory,
-            config.fingerprint(),
+            job.fingerprint,
             job.mlflow_run_ids.get("parent"),
         )
 
@@ -138,7 +136,7 @@ def _network(
         speed = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
         if world.is_first:
             card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
-            card |= {"image_size": str(config.data.image_size), "fingerprint": config.fingerprint()}
+            card |= {"image_size": str(config.data.image_size), "fingerprint": job.fingerprint}
             save_weights(net, weights, card)
             finished_partial = finished.with_suffix(".partial")
             finished_partial.write_text(json.dumps({"images_per_s": speed, "steps": plan.total_steps}))
@@ -179,7 +177,9 @@ def _embedded(
             yield from kept
             return
         planned = block_plan(len(view.sample_ids), world.rank, world.size, _BLOCK_ROWS)
-        stream = ImageStream(view, planned, job.config.data.image_size, None, 0, world.device)
+        stream = ImageStream(
+            view, planned, job.config.data.image_size, None, 0, world.device, job.config.cluster.reader_threads
+        )
         with stream:
             for rows in embed_batches(net, stream, section.embedding_dim):
                 if fits:
@@ -203,6 +203,7 @@ def worker_arguments(job: Job) -> dict[str, Any]:
         "data_dir": str(job.data_dir),
         "run_dir": str(job.run_dir),
         "cache_dir": str(job.cache_dir),
+        "fingerprint": job.fingerprint,
         "base_dir": str(job.base_dir),
         "with_independent": job.with_independent,
         "mlflow_run_ids": job.mlflow_run_ids,
@@ -216,6 +217,7 @@ def job_from_arguments(values: dict[str, Any]) -> Job:
         Path(values["data_dir"]),
         Path(values["run_dir"]),
         Path(values["cache_dir"]),
+        values["fingerprint"],
         Path(values["base_dir"]),
         values["with_independent"],
         values["mlflow_run_ids"],

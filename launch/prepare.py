@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import numpy as np
 from lce_dist.config import Config, DataConfig, SyntheticConfig
 from lce_dist.errors import ConfigError, DataError
 from lce_dist.models.catalog import build_net
-from lce_dist.models.weights import load_weights
+from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
 from pipelines.manifest import IdentitySplit, PackedDataset, split_identities
-from pipelines.pack import pack_folder, pack_images
+from pipelines.pack import pack_folder, pack_images, source_fingerprint
 from pipelines.synthetic import identity_key, photos
 
 Progress = Callable[[str, int, int], None]
@@ -32,6 +34,11 @@ class Prepared:
     dataset: PackedDataset
     split: IdentitySplit
     plans: dict[str, StagePlan]
+    old_weights: str | None  # fingerprint
+
+    def identity(self, config: Config) -> dict[str, object]:
+        """All that the run's results depend on: settings, data, given weights."""
+        return {**config.result_values(), "data_content": self.dataset.fingerprint, "old_weights": self.old_weights}
 
 
 def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedDataset:
@@ -43,10 +50,21 @@ def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedD
         return PackedDataset.open(Path(config.shards))
     if config.images is not None:
         source = Path(config.images)
-        key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:12]
-        return pack_folder(source, cache / f"images-{key}", "images", progress=lambda n, of: progress("packing", n, of))
+        out = cache / f"images-{source_fingerprint(source)}"
+        with _one_at_a_time(cache):
+            return pack_folder(source, out, "images", progress=lambda n, of: progress("packing", n, of))
     assert config.synthetic is not None
-    return draw_faces(config.synthetic, cache / f"faces-{_short_hash(config.synthetic)}", progress)
+    with _one_at_a_time(cache):
+        return draw_faces(config.synthetic, cache / f"faces-{_short_hash(config.synthetic)}", progress)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(cache: Path) -> Iterator[None]:
+    """Runs started side by side pack in turn; the later ones find the work done."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def draw_faces(config: SyntheticConfig, out: Path, progress: Progress) -> PackedDataset:
@@ -71,11 +89,11 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     """Make or open the data set, split it, and check everything that can be known before training."""
     for section in (config.old, config.new):
         build_net(section.net, section.embedding_dim, config.data.image_size, seed=0)
+    old_weights = None
     if config.old.weights is not None:
-        load_weights(
-            build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0),
-            Path(config.old.weights),
-        )
+        old = build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
+        load_weights(old, Path(config.old.weights))
+        old_weights = fingerprint(old)
     dataset = prepare_data(config.data, cache, progress)
     split = split_identities(
         dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
@@ -94,16 +112,20 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         if section.weights is None:
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
-    return Prepared(dataset, split, plans)
+    return Prepared(dataset, split, plans, old_weights)
 
 
-def claim_run_dir(config: Config, run_dir: Path) -> bool:
-    """Bind ``run_dir`` to this config; returns whether an earlier attempt is being continued.
+def fingerprint_of(identity: dict[str, object]) -> str:
+    """16 hex digits over ``Prepared.identity``."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def claim_run_dir(values: dict[str, object], run_dir: Path) -> bool:
+    """Bind ``run_dir`` to ``Prepared.identity``; returns whether an earlier attempt is being continued.
 
     Errors: ConfigError listing the keys that differ from those that the run was started with.
     """
     path = run_dir / "config.json"
-    values = config.result_values()
     if path.exists():
         try:
             started = json.loads(path.read_text())

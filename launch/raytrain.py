@@ -28,6 +28,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing large travels through Ray
 _POLL_S = 0.2
+_PLACEMENT_ATTEMPTS = 5  # of a minute each; Ray would wait for ever, in silence
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,27 @@ def local_nodes(placement: Placement) -> Iterator[None]:
         "num_gpus": placement.workers_per_node if placement.use_gpu else 0,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    head = {**node, **_own_gpus(placement, 0), "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
-        for _ in range(placement.nodes - 1):
-            cluster.add_node(wait=False, **node)
+        for number in range(1, placement.nodes):
+            cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _own_gpus(placement: Placement, node: int) -> dict[str, Any]:
+    """Each raylet on this machine sees its own GPUs alone; otherwise all of them would hand out the first."""
+    if not placement.use_gpu:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(local_gpus())]
+    first = node * placement.workers_per_node
+    return {"env_vars": {"CUDA_VISIBLE_DEVICES": ",".join(devices[first : first + placement.workers_per_node])}}
 
 
 @contextlib.contextmanager
@@ -86,24 +98,26 @@ def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]
         raise SetupError(f"Ray cluster {address} does not answer: {error}. Check RAY_ADDRESS") from None
     try:
         resource = "GPU" if placement.use_gpu else "CPU"
-        fitting = [
-            n for n in ray.nodes() if n["Alive"] and n["Resources"].get(resource, 0) >= placement.workers_per_node
-        ]
-        if len(fitting) < placement.nodes:
+        fitting = _nodes_with(resource, placement)
+        if fitting < placement.nodes:
             raise SetupError(
-                f"--nodes is {placement.nodes}; the cluster has {len(fitting)} nodes with at least "
-                f"{placement.workers_per_node} {resource}. Use --nodes {len(fitting)} or add nodes"
+                f"--nodes is {placement.nodes}; the cluster has {fitting} nodes with at least "
+                f"{placement.workers_per_node} {resource}. Use --nodes {fitting} or add nodes"
             )
         yield
     finally:
         ray.shutdown()
 
 
-def cluster_gpus() -> int:
-    """GPUs of the connected cluster."""
+def cluster_has_gpus(placement: Placement) -> bool:
+    """Whether enough nodes of the connected cluster have a GPU for each of their workers."""
+    return _nodes_with("GPU", placement) >= placement.nodes
+
+
+def _nodes_with(resource: str, placement: Placement) -> int:
     import ray
 
-    return int(ray.cluster_resources().get("GPU", 0))
+    return sum(n["Alive"] and n["Resources"].get(resource, 0) >= placement.workers_per_node for n in ray.nodes())
 
 
 def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
@@ -115,9 +129,13 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     shutil.rmtree(job.run_dir / "ray", ignore_errors=True)  # of earlier attempts; nothing is read from it
-    mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+    # on the driver's node: it must not go when a worker's node goes
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote
+    mailbox = remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
     arguments = {**worker_arguments(job), "mailbox": mailbox, "use_gpu": placement.use_gpu, "nodes": placement.nodes}
     trainer = TorchTrainer(
         _worker,
@@ -132,9 +150,12 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
         run_config=RunConfig(
             name=f"attempt-{uuid.uuid4().hex[:12]}",
             storage_path=str(job.run_dir / "ray"),
-            failure_config=FailureConfig(max_failures=job.config.cluster.max_failures),
+            failure_config=FailureConfig(
+                max_failures=job.config.cluster.max_failures,
+                controller_failure_limit=_PLACEMENT_ATTEMPTS,  # type: ignore[call-arg]
+            ),
             checkpoint_config=CheckpointConfig(),
-            worker_runtime_env={"env_vars": _worker_environment(placement)},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": _worker_environment(placement)},
         ),
     )
     outcome: queue.Queue[BaseException | None] = queue.Queue()
@@ -163,8 +184,12 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
         time.sleep(_POLL_S)
     error = outcome.get()
     if error is not None:
+        log = job.run_dir / "failure.log"
+        log.write_text(str(error))
         raise RunError(
-            f"the workers failed more than cluster.max_failures ({job.config.cluster.max_failures}) times: {_last_line(error)}"
+            f"the workers could not be placed, or failed more than cluster.max_failures "
+            f"({job.config.cluster.max_failures}) times: {_last_line(error)}. All of it is in {log}; "
+            "the same command goes on from the last checkpoint"
         )
 
 

@@ -24,7 +24,12 @@ _TITLES = {
 
 
 def write_report(
-    run_dir: Path, config: Config, sets: dict[str, EmbeddingSet], images_per_s: dict[str, float], world: World
+    run_dir: Path,
+    config: Config,
+    fingerprint: str,
+    sets: dict[str, EmbeddingSet],
+    images_per_s: dict[str, float],
+    world: World,
 ) -> None:
     """Score every pair of models, write ``report.json`` (last, atomically) and ``figures/*.png``."""
     evaluation = config.evaluation
@@ -41,7 +46,7 @@ def write_report(
         "num_ranks": world.size,
         "images_per_s": images_per_s.get("new", 0.0),
         "images_per_s_by_stage": images_per_s,
-        "fingerprint": config.fingerprint(),
+        "fingerprint": fingerprint,
         "num_heldout_images": len(sets["old"].labels_N),
     }
     figures = run_dir / "figures"

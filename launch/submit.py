@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from launch.train import TrainOptions
 from lce_dist.config import Config
-from lce_dist.errors import LceError, RunError, SetupError
+from lce_dist.errors import Interrupted, LceError, RunError, SetupError
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -48,7 +49,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
             runtime_env={
                 "working_dir": str(_CHECKOUT),
                 "excludes": ["/.venv", "/runs", "/data", "/.git", "/docs", "/benchmarks", "/tests"],
-                "env_vars": {"LCE_CONFIG_JSON": config_text, "COLUMNS": "120"},
+                "env_vars": {"LCE_CONFIG_JSON": config_text, "COLUMNS": "120", **_tracking_server()},
             },
             metadata={"run": config.run.name, "config": config_path.name},
         )
@@ -56,8 +57,14 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
         job_id = f"lce-{config.run.name}-{content}"
         print(f"{job_id} is running already; following it")
     print(f"job {job_id} on {address}")
-    asyncio.run(_follow(client, job_id))
     info = client.get_job_info(job_id)
+    try:
+        while not info.status.is_terminal():
+            with contextlib.suppress(RuntimeError, ConnectionError):  # a log connection that broke; the job did not
+                asyncio.run(_follow(client, job_id))
+            info = client.get_job_info(job_id)
+    except KeyboardInterrupt:
+        raise Interrupted(f"job {job_id} runs on; the same command follows it, ray job stop {job_id} ends it") from None
     if info.status != JobStatus.SUCCEEDED:
         failure: LceError = RunError(f"job {job_id} ended as {info.status}: {_first_line(info.message or '')}")
         failure.exit_code = info.driver_exit_code or 1
@@ -80,6 +87,12 @@ async def _follow(client, job_id: str) -> None:  # type: ignore[no-untyped-def]
     async for text in client.tail_job_logs(job_id):
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+def _tracking_server() -> dict[str, str]:
+    """The submitter's tracking server goes along; its password does not: job settings are readable on the dashboard."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return {} if uri is None or "@" in uri else {"MLFLOW_TRACKING_URI": uri}
 
 
 def _absolute(config: Config) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -16,19 +17,21 @@ import numpy as np
 from rich.console import Console
 
 from launch.job import Job
-from launch.prepare import Prepared, claim_run_dir, prepare
+from launch.prepare import Prepared, claim_run_dir, fingerprint_of, prepare
 from launch.progress import RunProgress
-from launch.raytrain import Placement, cluster_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
+from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
 from launch.report import result_table
 from lce_dist.config import Config
 from lce_dist.errors import ConfigError, Interrupted, LceError, SetupError
 from lce_dist.evaluation.figures import training_curves
+from lce_dist.spool import Spool
 from lce_dist.tracking import Tracker
 from pipelines.contact_sheet import contact_sheet
 from pipelines.manifest import PackedDataset
 from pipelines.pixels import decode_sample
 
 _TRACKING_CLOSE_S = 60.0
+_TOLD = "tracked"  # left in the run directory when MLflow has everything
 
 
 @dataclass(frozen=True)
@@ -55,63 +58,84 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
     started_s = time.monotonic()
     root = Path(config.run.dir).resolve()
     config, run_dir = _settle_run(config, options, root, console)
-    report_path = run_dir / "report.json"
-    if _is_finished(report_path, options):
-        console.print(f"run {run_dir} finished before; to train it again use --fresh, or another --name")
-        return _conclude(config, run_dir, console, None)
-
+    num_ranks = options.nodes * options.workers_per_node
     with _interruptible(), RunProgress(console) as progress:
-        num_ranks = options.nodes * options.workers_per_node
         prepared = prepare(config, num_ranks, options.with_independent, root / ".cache", progress.count)
-        going_on = claim_run_dir(config, run_dir)
-        if going_on:
+        if options.fresh:
+            _forget(run_dir)
+        going_on = claim_run_dir(prepared.identity(config), run_dir)
+        finished = _is_finished(run_dir / "report.json", options)
+        if finished:
+            progress.note(f"run {run_dir} finished before; to train it again use --fresh, or another --name")
+        elif going_on:
             progress.note(f"going on with run {run_dir}")
-        tracker = Tracker(config.tracking, run_dir, config.run.name, root)
-        status = "FAILED"
-        try:
-            _open_tracking(tracker, config, options, prepared, run_dir)
+        if not (finished and (run_dir / _TOLD).exists()):
+            _run(config, options, prepared, run_dir, progress, finished)
+    return _conclude(config, run_dir, console, None if finished else time.monotonic() - started_s)
+
+
+def _run(
+    config: Config, options: TrainOptions, prepared: Prepared, run_dir: Path, progress: RunProgress, finished: bool
+) -> None:
+    """Train what is left, and tell MLflow; of a finished run only what MLflow has not heard yet."""
+    tracking = _Tracking(Tracker(config.tracking, run_dir, config.run.name, run_dir.parent), run_dir)
+    status = "FAILED"
+    try:
+        tracking.open(config, options, prepared)
+        if not finished:
             with _cluster(config, options, progress) as placement:
                 job = Job(
                     config,
                     prepared.dataset.directory.resolve(),
                     run_dir,
-                    root / ".cache",
+                    run_dir.parent / ".cache",
+                    fingerprint_of(prepared.identity(config)),
                     Path.cwd(),
                     options.with_independent,
-                    tracker.run_ids(),
+                    tracking.tracker.run_ids(),
                 )
                 for event in train_on_ray(job, placement):
                     progress.show(event)
-                    _track(tracker, event, run_dir)
-            _track_results(tracker, config, run_dir)
-            status = "FINISHED"
-        except (Interrupted, KeyboardInterrupt):
-            status = "KILLED"
-            raise
-        finally:
-            tracker.end_run("parent", status)
-            if not tracker.close(_TRACKING_CLOSE_S if status == "FINISHED" else 5.0):
-                progress.note("MLflow has not taken everything yet; the rest is sent when this run is started again")
-    return _conclude(config, run_dir, console, time.monotonic() - started_s)
+                    tracking.follow(event)
+        tracking.results(config)
+        status = "FINISHED"
+    except (Interrupted, KeyboardInterrupt):
+        status = "KILLED"
+        raise
+    finally:
+        if tracking.close(status):
+            if status == "FINISHED":
+                (run_dir / _TOLD).touch()
+        else:
+            progress.note("MLflow has not taken everything yet; the rest is sent when this run is started again")
 
 
 def _settle_run(config: Config, options: TrainOptions, root: Path, console: Console) -> tuple[Config, Path]:
     """The run's directory; a finished run asked for on other ranks gets a neighbour and stays as it is."""
     run_dir = root / config.run.name
-    if options.fresh and run_dir.exists():
-        shutil.rmtree(run_dir)
-    report = _read_report(run_dir / "report.json")
-    if report is not None and report["num_ranks"] != options.nodes * options.workers_per_node:
+    num_ranks = options.nodes * options.workers_per_node
+    report = None if options.fresh else _read_report(run_dir / "report.json")
+    if report is not None and report["num_ranks"] != num_ranks:
         name = f"{config.run.name}-{options.nodes}x{options.workers_per_node}"
         console.print(
-            f"run {run_dir} finished on {report['num_ranks']} ranks and is kept; this one on "
-            f"{options.nodes * options.workers_per_node} is {name}"
+            f"run {run_dir} finished on {report['num_ranks']} ranks and is kept; this one, on {num_ranks}, is {name}"
         )
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
         run_dir = root / name
-        if options.fresh and run_dir.exists():
-            shutil.rmtree(run_dir)
     return config, run_dir
+
+
+def _forget(run_dir: Path) -> None:
+    """Set what this run has done aside, then remove it; a directory that is no run is not touched."""
+    if not run_dir.exists():
+        return
+    if not (run_dir / "config.json").exists():
+        raise ConfigError(f"--fresh: {run_dir} holds no config.json, so it is not a run; remove it by hand")
+    # the spool's lock is held by a driver that is at work
+    Spool(run_dir / "tracking.jsonl").close()
+    aside = run_dir.with_name(f"{run_dir.name}.removed-{os.getpid()}")
+    run_dir.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _is_finished(report_path: Path, options: TrainOptions) -> bool:
@@ -137,7 +161,9 @@ def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> It
     if options.on_cluster:
         nodes = given_cluster(Placement(options.nodes, options.workers_per_node, use_gpu=wanted == "gpu"))
         with nodes:
-            use_gpu = wanted == "gpu" or (wanted == "auto" and cluster_gpus() >= ranks)
+            use_gpu = wanted == "gpu" or (
+                wanted == "auto" and cluster_has_gpus(Placement(options.nodes, options.workers_per_node, use_gpu=True))
+            )
             yield Placement(options.nodes, options.workers_per_node, use_gpu)
         return
     gpus = local_gpus() if wanted != "cpu" else 0
@@ -149,68 +175,82 @@ def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> It
         yield placement
 
 
-def _open_tracking(tracker: Tracker, config: Config, options: TrainOptions, prepared: Prepared, run_dir: Path) -> None:
-    split, dataset = prepared.split, prepared.dataset
-    tracker.start_run("parent", config.run.name, tags={"lce.fingerprint": config.fingerprint()})
-    tracker.set_tags(
-        "parent", {"lce.num_nodes": options.nodes, "lce.num_ranks": options.nodes * options.workers_per_node}
-    )
-    tracker.log_params("parent", _flat(config.result_values()))
-    tracker.log_params(
-        "parent",
-        {
-            "data.num_images": dataset.num_samples,
-            "data.num_train_identities": len(split.train),
-            "data.num_old_identities": len(split.old),
-            "data.num_heldout_identities": len(split.heldout),
-            "data.fingerprint": dataset.fingerprint[:16],
-        },
-    )
-    (run_dir / "resolved.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2))
-    tracker.log_file("parent", run_dir / "resolved.json", "config")
-    tracker.monitor("parent")
-    sheet = run_dir / "figures" / "contact_sheet.png"
-    if config.data.synthetic is not None and not sheet.exists():
-        # drawn faces belong to nobody; people's own images are not copied into MLflow
-        sheet.parent.mkdir(exist_ok=True)
-        sheet_of(dataset, 8, 8, 64).save(sheet)
-        tracker.log_file("parent", sheet, "figures")
+class _Tracking:
+    """What of a run goes to MLflow: one run a stage under one parent."""
 
+    def __init__(self, tracker: Tracker, run_dir: Path) -> None:
+        self.tracker = tracker
+        self._run_dir = run_dir
+        self._open_stages: set[str] = set()
 
-def _track(tracker: Tracker, event: dict[str, Any], run_dir: Path) -> None:
-    kind, stage = event["type"], event.get("stage")
-    if stage is None:
-        return
-    if kind == "stage_start":
-        tracker.start_run(stage, stage, parent="parent")
-    elif kind == "metrics" and event["metrics"]:
-        tracker.log_metrics(stage, event["metrics"], event["step"])
-    elif kind == "stage_done":
-        model = run_dir / stage / "model.safetensors"
-        if model.exists():
-            tracker.log_file(stage, model, "model")
-        tracker.end_run(stage)
-    elif kind == "stage_skipped" and stage == "centres":
-        tracker.end_run(stage)
+    def open(self, config: Config, options: TrainOptions, prepared: Prepared) -> None:
+        tracker, split, dataset = self.tracker, prepared.split, prepared.dataset
+        tracker.start_run(
+            "parent", config.run.name, tags={"lce.fingerprint": fingerprint_of(prepared.identity(config))}
+        )
+        num_ranks = options.nodes * options.workers_per_node
+        tracker.set_tags("parent", {"lce.num_nodes": options.nodes, "lce.num_ranks": num_ranks})
+        tracker.log_params("parent", _flat(config.result_values()))
+        tracker.log_params(
+            "parent",
+            {
+                "data.num_images": dataset.num_samples,
+                "data.num_train_identities": len(split.train),
+                "data.num_old_identities": len(split.old),
+                "data.num_heldout_identities": len(split.heldout),
+                "data.fingerprint": dataset.fingerprint[:16],
+            },
+        )
+        resolved = self._run_dir / "resolved.json"
+        resolved.write_text(json.dumps(config.model_dump(mode="json"), indent=2))
+        tracker.log_file("parent", resolved, "config")
+        tracker.monitor("parent")
+        sheet = self._run_dir / "figures" / "contact_sheet.png"
+        if config.data.synthetic is not None and not sheet.exists():
+            # drawn faces belong to nobody; people's own images are not copied into MLflow
+            sheet.parent.mkdir(exist_ok=True)
+            sheet_of(dataset, 8, 8, 64).save(sheet)
+            tracker.log_file("parent", sheet, "figures")
 
+    def follow(self, event: dict[str, Any]) -> None:
+        kind, stage = event["type"], event.get("stage")
+        if stage is None:
+            return
+        if kind == "stage_start":
+            self.tracker.start_run(stage, stage, parent="parent")
+            self._open_stages.add(stage)
+        elif kind == "metrics" and event["metrics"]:
+            self.tracker.log_metrics(stage, event["metrics"], event["step"])
+        elif kind in ("stage_done", "stage_skipped") and stage in self._open_stages:
+            model = self._run_dir / stage / "model.safetensors"
+            if model.exists():
+                self.tracker.log_file(stage, model, "model")
+            self.tracker.end_run(stage)
+            self._open_stages.remove(stage)
 
-def _track_results(tracker: Tracker, config: Config, run_dir: Path) -> None:
-    report = _read_report(run_dir / "report.json")
-    if report is None:
-        raise AssertionError("the workers ended without a report")
-    metrics: dict[str, float] = {"result/criterion_met": float(report["criterion_met"])}
-    for key in ("old_old", "new_old", "new_new", "independent_old", "independent_new"):
-        if key in report:
-            metrics[f"rank1/{key}"] = report[key]["rank1"]
-            for far, value in report[key]["tar_at_far"].items():
-                metrics[f"tar_at_far_{far}/{key}"] = value
-    tracker.log_metrics("parent", metrics, 0)
-    tracker.set_tags("parent", {"mlflow.note.content": _description(report, config)})
-    _draw_curves(run_dir)
-    for figure in sorted((run_dir / "figures").glob("*.png")):
-        if figure.name != "contact_sheet.png":
-            tracker.log_file("parent", figure, "figures")
-    tracker.log_file("parent", run_dir / "report.json")
+    def results(self, config: Config) -> None:
+        report = _read_report(self._run_dir / "report.json")
+        if report is None:
+            raise AssertionError("the workers ended without a report")
+        metrics: dict[str, float] = {"result/criterion_met": float(report["criterion_met"])}
+        for key in ("old_old", "new_old", "new_new", "independent_old", "independent_new"):
+            if key in report:
+                metrics[f"rank1/{key}"] = report[key]["rank1"]
+                for far, value in report[key]["tar_at_far"].items():
+                    metrics[f"tar_at_far_{far}/{key}"] = value
+        self.tracker.log_metrics("parent", metrics, 0)
+        self.tracker.set_tags("parent", {"mlflow.note.content": _description(report, config)})
+        _draw_curves(self._run_dir)
+        for figure in sorted((self._run_dir / "figures").glob("*.png")):
+            if figure.name != "contact_sheet.png":
+                self.tracker.log_file("parent", figure, "figures")
+        self.tracker.log_file("parent", self._run_dir / "report.json")
+
+    def close(self, status: str) -> bool:
+        """End every open run; whether MLflow has everything."""
+        for stage in (*self._open_stages, "parent"):
+            self.tracker.end_run(stage, status)
+        return self.tracker.close(_TRACKING_CLOSE_S if status == "FINISHED" else 5.0)
 
 
 def _draw_curves(run_dir: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -164,6 +165,13 @@ class TrackingConfig(_Section):
     experiment: str = "lce-dist"
     every_steps: Count = 5
 
+    @field_validator("uri")
+    @classmethod
+    def _no_secret(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).password or urlsplit(value).username):
+            raise ValueError("holds a user or a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return value
+
 
 class ClusterConfig(_Section):
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -197,9 +205,14 @@ class Config(_Section):
         return self
 
     def result_values(self) -> dict[str, Any]:
-        """The settings that can change weights or reported numbers; the fingerprint covers these alone."""
+        """The settings that can change weights or reported numbers; the fingerprint covers these alone.
+
+        Places do not count, what lies there does: a run adds the fingerprints of its data and old weights.
+        """
         values = self.model_dump(mode="json", include=set(RESULT_SECTIONS))
         values["seed"] = self.run.seed
+        for section, key in (("data", "images"), ("data", "shards"), ("old", "weights")):
+            values[section][key] = values[section][key] is not None
         return values
 
     def fingerprint(self) -> str:
@@ -273,7 +286,7 @@ def _one_line(error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{key} is missing; it has no default. Add it.{more}"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
+    if problem["type"] == "value_error":  # says itself what matters; a secret is not repeated
         return f"{key}: {message}.{more}" if key else f"{message}.{more}"
     return f"{key} is {problem['input']!r}; {message[0].lower()}{message[1:]}.{more}"
 

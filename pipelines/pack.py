@@ -80,6 +80,12 @@ def pack_folder(
         return pack_images(read_shuffled(), identities, len(images), out, name, fingerprint, shard_size_bytes, progress)
 
 
+def source_fingerprint(source: Path) -> str:
+    """16 hex digits over names, sizes and times of a source's images; changes when one is added or touched."""
+    with _open_tree(source) as tree:
+        return _digest([tree.stamps])[:16]
+
+
 def pack_images(
     images: Iterable[NamedImage],
     identities: Sequence[str],
@@ -178,13 +184,21 @@ def _open_tree(source: Path) -> Iterator[_Tree]:
 def _folder_tree(source: Path) -> _Tree:
     stamps: list[tuple[str, int, int]] = []
     folders: list[str] = []
-    for directory, subdirectories, files in os.walk(source):
+    seen = set()
+    for directory, subdirectories, files in os.walk(source, followlinks=True):
+        place = Path(directory).resolve()
+        if place in seen:
+            raise DataError(f"folder {directory} is a link back to a folder already read; remove it")
+        seen.add(place)
         subdirectories[:] = sorted(entry for entry in subdirectories if not _is_hidden(entry))
         folder = Path(directory).relative_to(source).as_posix()
         folders.append(folder)
         for file in sorted(files):
             if _is_image(file):
-                status = (Path(directory) / file).stat()
+                try:
+                    status = (Path(directory) / file).stat()
+                except OSError as error:
+                    raise DataError(f"image {directory}/{file} cannot be read ({error.strerror}); remove it") from None
                 path = file if folder == "." else f"{folder}/{file}"
                 stamps.append((path, status.st_size, status.st_mtime_ns))
 
@@ -329,8 +343,13 @@ def _write_shards(
                 raise DataError(f"image {image_name} is one more than the {num_images} announced")
             if shard is None:
                 shard = _open_shard(directory / f"{name}-{len(shards):06d}.tar")
-            members = {"__key__": f"{sample_id:09d}", "cls": str(label_of[key]).encode(), "jpg": jpeg}
-            shard.writer.write(members)  # in the order of the extensions: .cls first, then .jpg
+            members = {
+                "__key__": f"{sample_id:09d}",
+                "cls": str(label_of[key]).encode(),
+                "id": key.encode(),
+                "jpg": jpeg,
+            }
+            shard.writer.write(members)  # in the order of the extensions, so the .jpg comes last
             shard.num_samples += 1
             end = shard.writer.tarstream.offset
             padded_bytes = -(-len(jpeg) // _TAR_BLOCK_BYTES) * _TAR_BLOCK_BYTES

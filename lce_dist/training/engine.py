@@ -72,13 +72,16 @@ class Engine:
         """Backward of one micro-batch's share of the global mean loss."""
         self._engine.backward(loss * self.accumulation)
 
-    def step(self, lr: float) -> torch.Tensor:
-        """One update of the network after the last micro-batch; returns the gradient norm before clipping."""
+    def step(self, lr: float) -> float | None:
+        """One update of the network after the last micro-batch; returns the gradient norm before clipping.
+
+        None where DeepSpeed does not compute it (ZeRO 0).
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float64)
+        return None if norm is None else float(norm)
 
     def micro_step_done(self) -> None:
         """Tell DeepSpeed that a micro-batch which does not end the step is over."""

@@ -101,7 +101,7 @@ def train_stage(
             done = step + 1
             if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
                 _check_finite(terms, stage.name, step)
-                metrics = _metrics(terms, lr, float(net_norm), float(head_norm), meter, compat is not None)
+                metrics = _metrics(terms, lr, net_norm, float(head_norm), meter, compat is not None)
                 remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
                 report(
                     {
@@ -114,7 +114,7 @@ def train_stage(
                     }
                 )
             if done % config.checkpoint.every_steps == 0 or done == stage.total_steps:
-                _check_finite(terms, stage.name, step)
+                _check_finite(terms, stage.name, step, net_norm, float(head_norm))
                 checkpoints.save(
                     done,
                     {
@@ -177,7 +177,7 @@ class _IdsLog:
 
 
 def _metrics(
-    terms: LossTerms, lr: float, net_norm: float, head_norm: float, meter: _Meter, compatible: bool
+    terms: LossTerms, lr: float, net_norm: float | None, head_norm: float, meter: _Meter, compatible: bool
 ) -> dict[str, float]:
     metrics = {
         "loss/total": float(terms.total),
@@ -187,7 +187,7 @@ def _metrics(
         "speed/images_per_s": meter.images_per_s,
         "speed/data_wait_fraction": meter.wait_fraction,
     }
-    if math.isfinite(net_norm):
+    if net_norm is not None:
         metrics["optim/net_gradient_norm"] = net_norm
     if compatible:
         metrics["loss/alignment"] = float(terms.alignment)
@@ -195,12 +195,14 @@ def _metrics(
     return metrics
 
 
-def _check_finite(terms: LossTerms, stage: str, step: int) -> None:
-    if not math.isfinite(float(terms.total)):
-        raise RunError(
-            f"stage {stage}: the loss is {float(terms.total)} at step {step}; it must be finite. "
-            "Lower optim.lr or head.scale, or set optim.clip_norm; the checkpoints before it are intact"
-        )
+def _check_finite(terms: LossTerms, stage: str, step: int, *norms: float | None) -> None:
+    # each value is global, so all ranks stop in the same step; None is a norm that DeepSpeed does not give
+    for what, value in [("loss", float(terms.total)), *(("gradient norm", norm) for norm in norms)]:
+        if value is not None and not math.isfinite(value):
+            raise RunError(
+                f"stage {stage}: the {what} is {value} at step {step}; it must be finite. "
+                "Lower optim.lr or head.scale, or set optim.clip_norm; the checkpoints before it are intact"
+            )
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
