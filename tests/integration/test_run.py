@@ -42,13 +42,12 @@ def test_report_table_and_files(workplace: Workplace, undisturbed: str) -> None:
 def test_mlflow_holds_the_run(workplace: Workplace, undisturbed: str) -> None:
     client = MlflowClient(f"sqlite:///{workplace.folder}/runs/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "lce-dist"]
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"small", "old", "centres", "new", "independent", "evaluation"}
-    parent = runs["small"]
-    assert all(run.info.status == "FINISHED" for run in runs.values())
-    assert all(
-        run.data.tags["mlflow.parentRunId"] == parent.info.run_id for name, run in runs.items() if name != "small"
-    )
+    all_runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in all_runs if run.info.run_name == "small"]
+    children = [run for run in all_runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    runs = {run.info.run_name: run for run in children}
+    assert set(runs) == {"old", "centres", "new", "independent", "evaluation"} and len(children) == len(runs)
+    assert all(run.info.status == "FINISHED" for run in (parent, *children))
     report = workplace.report("small")
     assert parent.data.metrics["tar_at_far_0.01/new_old"] == pytest.approx(report["new_old"]["tar_at_far"]["0.01"])
     assert any(name.startswith("system/") for name in parent.data.metrics)
