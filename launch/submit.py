@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shlex
 import sys
@@ -26,6 +27,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it packs
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise SetupError("RAY_ADDRESS is not set; --target ray needs it, for example RAY_ADDRESS=http://HEAD:8265")
@@ -48,7 +50,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
             submission_id=job_id,
             runtime_env={
                 "working_dir": str(_CHECKOUT),
-                "excludes": ["/.venv", "/runs", "/data", "/.git", "/docs", "/benchmarks", "/tests"],
+                "excludes": ["/.*", "/runs", "/data", "/docs", "/benchmarks", "/tests"],
                 "env_vars": {"LCE_CONFIG_JSON": config_text, "COLUMNS": "120", **_tracking_server()},
             },
             metadata={"run": config.run.name, "config": config_path.name},

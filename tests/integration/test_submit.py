@@ -25,7 +25,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         dashboard, gcs = one.getsockname()[1], two.getsockname()[1]
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    ray = str(Path(sys.executable).parent / "ray")
+    bin_folder = Path(sys.executable).parent
+    ray = str(bin_folder / "ray")
+    inherited["PATH"] = f"{bin_folder}:{inherited['PATH']}"  # as in an activated environment: jobs run its `python`
     subprocess.run(
         [
             ray,
