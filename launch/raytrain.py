@@ -127,7 +127,7 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     Errors: our own errors from a worker as they are (never retried); RunError for anything else.
     """
     import ray
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -154,7 +154,6 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
                 max_failures=job.config.cluster.max_failures,
                 controller_failure_limit=_PLACEMENT_ATTEMPTS,  # type: ignore[call-arg]
             ),
-            checkpoint_config=CheckpointConfig(),
             worker_runtime_env={"env_vars": _worker_environment(placement)},
         ),
     )

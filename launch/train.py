@@ -22,7 +22,7 @@ from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
 from launch.report import result_table
 from lce_dist.config import Config
-from lce_dist.errors import ConfigError, Interrupted, LceError, SetupError
+from lce_dist.errors import ConfigError, Interrupted, SetupError
 from lce_dist.evaluation.figures import training_curves
 from lce_dist.spool import Spool
 from lce_dist.tracking import Tracker
@@ -336,6 +336,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-__all__ = ["LceError", "TrainOptions", "sheet_of", "train"]
