@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from lce_dist.config import TrackingConfig
 from lce_dist.errors import ConfigError
@@ -355,11 +356,11 @@ def _answering(status: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("status", [200, 401, 403, 404, 429, 500, 503])
 def test_a_server_that_refuses_everybody_loses_nothing_and_shows_no_password(
-    status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with _answering(status) as port, caplog.at_level(logging.DEBUG, logger="lce_dist"):
-        uri = f"http://anna:hunter2@127.0.0.1:{port}"
-        tracker = Tracker(TrackingConfig(uri=uri), tmp_path / "run", "run", tmp_path)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://anna:hunter2@127.0.0.1:{port}")
+        tracker = Tracker(TrackingConfig(), tmp_path / "run", "run", tmp_path)
         tracker.start_run("new", "run/new")
         tracker.log_metrics("new", {"x": 1.0}, 1)
         _until(lambda: "does not take events" in caplog.text, 60, "the refusal is told")
@@ -380,9 +381,14 @@ def test_where_the_store_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert tracking_uri(TrackingConfig(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     assert tracking_uri(TrackingConfig(), tmp_path) == "http://mlflow:5000"
-    assert tracking_uri(TrackingConfig(uri="https://u:p@other"), tmp_path) == "https://u:p@other"
-    with pytest.raises(ConfigError, match=r"MLflow is at https://u:\*\*\*@other"):
-        ui_command(TrackingConfig(uri="https://u:p@other"), tmp_path)
+    assert tracking_uri(TrackingConfig(uri="https://other"), tmp_path) == "https://other"
+    with pytest.raises(ConfigError, match="MLflow is at https://other"):
+        ui_command(TrackingConfig(uri="https://other"), tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://u:p@env")
+    with pytest.raises(ConfigError, match=r"MLflow is at https://u:\*\*\*@env"):
+        ui_command(TrackingConfig(), tmp_path)
+    with pytest.raises(ValidationError, match="holds a user or a password"):
+        TrackingConfig(uri="https://u:p@other")
     for folder in ("./mlruns", f"file://{tmp_path}"):
         with pytest.raises(ConfigError, match=r"tracking\.uri is '.*'; must be http"):
             tracking_uri(TrackingConfig(uri=folder), tmp_path)
