@@ -7,12 +7,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lce_dist.config import Config, SyntheticConfig, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
+
+if TYPE_CHECKING:  # heavy imports wait until a command needs them
+    from launch.train import TrainOptions
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _EXIT_CODES = (
@@ -184,7 +188,7 @@ def _run_here(arguments: argparse.Namespace, config: Config, on_cluster: bool) -
     train(config, _options(arguments, on_cluster), Console())
 
 
-def _options(arguments: argparse.Namespace, on_cluster: bool):  # type: ignore[no-untyped-def]
+def _options(arguments: argparse.Namespace, on_cluster: bool) -> TrainOptions:
     from launch.train import TrainOptions
 
     return TrainOptions(
@@ -287,19 +291,15 @@ def _verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.packed}: {dataset.num_samples:,} images, every shard as packed")
 
 
-def _counter():  # type: ignore[no-untyped-def]
-    from contextlib import contextmanager
-
+@contextmanager
+def _counter() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr: call it with (what, done, total)."""
     from rich.console import Console
 
     from launch.progress import RunProgress
 
-    @contextmanager
-    def counting():  # type: ignore[no-untyped-def]
-        with RunProgress(Console(stderr=True)) as progress:
-            yield progress.count
-
-    return counting()
+    with RunProgress(Console(stderr=True)) as progress:
+        yield progress.count
 
 
 if __name__ == "__main__":
