@@ -11,6 +11,7 @@ import logging
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
 import uuid
@@ -69,11 +70,22 @@ def local_nodes(placement: Placement) -> Iterator[None]:
         for number in range(1, placement.nodes):
             cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
         cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        _connect(cluster.address)
         yield
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+def _connect(address: str) -> None:
+    """ray.init puts a crash handler on SIGTERM; whoever asked to be told of signals gets them back."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _own_gpus(placement: Placement, node: int) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]
 
     _quiet()
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _connect(address)
     except ConnectionError as error:
         raise SetupError(f"Ray cluster {address} does not answer: {error}. Check RAY_ADDRESS") from None
     try:

@@ -47,15 +47,18 @@ def sum_over_ranks(local: torch.Tensor, world: World) -> torch.Tensor:
     return _SumOverRanks.apply(local, world) if world.size > 1 else local
 
 
-def gather_rows(rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World) -> torch.Tensor:
+def gather_rows(
+    rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World, wire: torch.dtype | None = None
+) -> torch.Tensor:
     """(b, D) of every rank, in rank order, as (B, D); b may differ by rank and may be zero.
 
-    Backward sums, over ranks, the gradient that each rank holds for the own rows.
-    **Collectives**: all-gather of W * max(b) * D values; backward one reduce-scatter of the same size.
+    ``wire``: format in which rows travel (and are rounded to, also in a world of one). Backward sums, over
+    ranks, the gradient that each rank holds for the own rows; gradients keep their format.
+    **Collectives**: all-gather of W * max(b) * D values; backward one reduce-scatter of the same number.
     """
-    if world.size == 1:
+    if world.size == 1 and wire is None:
         return rows_bD
-    gathered: torch.Tensor = _GatherRows.apply(rows_bD, rows_per_rank, world)
+    gathered: torch.Tensor = _GatherRows.apply(rows_bD, rows_per_rank, world, wire or rows_bD.dtype)
     return gathered
 
 
@@ -71,27 +74,33 @@ class _SumOverRanks(torch.autograd.Function):
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World, wire: torch.dtype
+    ) -> torch.Tensor:
         ctx.rows_per_rank, ctx.world = rows_per_rank, world
+        if world.size == 1:
+            return rows_bD.to(wire).to(rows_bD.dtype)
         most = max(rows_per_rank)
-        padded = _pad_rows(rows_bD, most)
+        padded = _pad_rows(rows_bD.to(wire), most)
         gathered = padded.new_empty((world.size * most, *padded.shape[1:]))
         dist.all_gather_into_tensor(gathered, padded.contiguous())
-        if min(rows_per_rank) == most:
-            return gathered
-        blocks = gathered.view(world.size, most, *padded.shape[1:])
-        return torch.cat([blocks[rank, :rows] for rank, rows in enumerate(rows_per_rank)])
+        if min(rows_per_rank) != most:
+            blocks = gathered.view(world.size, most, *padded.shape[1:])
+            gathered = torch.cat([blocks[rank, :rows] for rank, rows in enumerate(rows_per_rank)])
+        return gathered.to(rows_bD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         rows_per_rank, world = ctx.rows_per_rank, ctx.world
+        if world.size == 1:
+            return grads[0], None, None, None
         most = max(rows_per_rank)
         grad = grads[0].contiguous()
         if min(rows_per_rank) != most:
             grad = torch.cat([_pad_rows(part, most) for part in grad.split(list(rows_per_rank))])
         own = grad.new_empty((most, *grad.shape[1:]))
         dist.reduce_scatter_tensor(own, grad)
-        return own[: rows_per_rank[world.rank]], None, None
+        return own[: rows_per_rank[world.rank]], None, None, None
 
 
 def _pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:

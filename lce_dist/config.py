@@ -91,24 +91,60 @@ class NetConfig(_Section):
 
 
 class HeadConfig(_Section):
-    """The classification layer. ``margin_rad`` belongs to arcface, ``margin_cos`` to cosface."""
+    """The classification layer: its margin, its negatives, its optimizer, and how it is computed."""
 
-    loss: Literal["arcface", "cosface", "softmax"] = "cosface"
+    loss: Literal["softmax", "arcface", "cosface", "combined", "adaface", "magface", "curricularface"] = "cosface"
     scale: Annotated[float, Field(gt=0.0, le=80.0)] = 64.0
+    margin_factor: Annotated[float, Field(ge=1.0, le=4.0)] | None = None
     margin_rad: Annotated[float, Field(ge=0.0, lt=3.14)] | None = None
     margin_cos: Annotated[float, Field(ge=0.0, lt=2.0)] | None = None
-    chunk_classes: Count = 8192
+    margin_rad_upper: Annotated[float, Field(ge=0.0, lt=3.14)] | None = None
+    norm_lower: Positive | None = None
+    norm_upper: Positive | None = None
+    norm_weight: Annotated[float, Field(ge=0.0)] | None = None
+    straight_through: bool = False
+    sample_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    sample_policy: Literal["freeze", "lazy", "dense"] = "lazy"
+    conflict_cos: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    rows: Literal["fp32", "split"] = "fp32"
+    state: Literal["fp32", "bf16"] = "fp32"
+    implementation: Literal["auto", "dense", "chunked", "triton"] = "auto"
+    exponentials: Literal["auto", "keep", "recompute"] = "auto"
+    operands: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    chunk_classes: Count | None = None
 
     @model_validator(mode="after")
     def _margin_fits_loss(self) -> HeadConfig:
-        wanted = {"arcface": "margin_rad", "cosface": "margin_cos"}.get(self.loss)
-        for key in ("margin_rad", "margin_cos"):
+        used = MARGIN_KEYS[self.loss]
+        for key in ("margin_factor", "margin_rad", "margin_cos", "margin_rad_upper", *_NORM_KEYS):
             value = getattr(self, key)
-            if key == wanted and value is None:
+            if key in used and value is None:
                 raise ValueError(f"{key} is not set; loss = {self.loss!r} needs it")
-            if key != wanted and value is not None:
+            if key not in used and value is not None:
                 raise ValueError(f"{key} is {value}; loss = {self.loss!r} does not use it. Remove it")
+        if self.loss == "magface" and not (self.norm_lower or 0.0) < (self.norm_upper or 0.0):
+            raise ValueError(f"norm_lower is {self.norm_lower}; must be below norm_upper ({self.norm_upper})")
+        if self.sample_rate < 1.0 and self.sample_policy == "lazy" and self.optimizer == "adamw":
+            raise ValueError(
+                "sample_policy is 'lazy'; the steps that a row misses can be made up exactly for optimizer = 'sgd' "
+                "only. Use 'freeze' or 'dense' with adamw"
+            )
+        if self.rows == "split" and self.operands == "fp16":
+            raise ValueError("operands is 'fp16'; split rows are multiplied as their bf16 halves. Use 'bf16' or 'auto'")
         return self
+
+
+_NORM_KEYS = ("norm_lower", "norm_upper", "norm_weight")
+MARGIN_KEYS: dict[str, tuple[str, ...]] = {
+    "softmax": (),
+    "arcface": ("margin_rad",),
+    "cosface": ("margin_cos",),
+    "combined": ("margin_factor", "margin_rad", "margin_cos"),
+    "adaface": ("margin_rad",),
+    "magface": ("margin_rad", "margin_rad_upper", *_NORM_KEYS),
+    "curricularface": ("margin_rad",),
+}
 
 
 class CompatConfig(_Section):
@@ -118,10 +154,11 @@ class CompatConfig(_Section):
     boundary_weight: Annotated[float, Field(ge=0.0)] = 10.0
     boundary: Literal["cos", "angle"] = "cos"
     rows_from_old: bool = False
+    centres: Literal["fp32", "fp16"] = "fp32"
 
 
 class OptimConfig(_Section):
-    """SGD with momentum for the network and, on its own rows, for the head."""
+    """SGD with momentum for the network and, on its own rows, for the head; ``clip_norm`` is the network's alone."""
 
     global_batch: Count = 512
     accumulation: Count = 1

@@ -1,12 +1,14 @@
 """Learning Compatible Embeddings, direct manner: alignment of class rows and the old classes' boundaries.
 
 **Source**: Meng, Zhang, Xu, Zhou, "Learning Compatible Embeddings", ICCV 2021 (arXiv 2108.01958).
-Both terms touch only the local class shard; what they need of the batch is already gathered for the head.
+Both terms touch only the local class shard. ``OldAnchor`` is what the head computes in its own passes; the
+functions ``alignment_loss`` and ``boundary_loss`` say the same with autograd, as its slow, obvious twins.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +16,42 @@ import torch.nn.functional as F
 
 from lce_dist.collectives import sum_over_ranks
 from lce_dist.world import World
+
+_COS_LIMIT = 1.0 - 1e-6  # acos has an infinite slope at +-1; one part in 10^6 of a cosine is 1.4 mrad there
+
+
+@dataclass(frozen=True)
+class OldAnchor:
+    """This shard's old centres (S, D), unit rows in any float format, and cosines of boundaries (S,).
+
+    The head draws its rows to ``old_rows`` and keeps vectors inside the boundaries; see head/softmax.py.
+    """
+
+    centre_SD: torch.Tensor
+    cos_boundary_S: torch.Tensor
+    align_weight: float
+    boundary_weight: float
+    kind: Literal["cos", "angle"]
+
+    def outside(self, emb_OD: torch.Tensor, local_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """How far unit vectors lie outside their old classes (O,), and the gradient (O, D)."""
+        centre_OD = self.centre_SD[local_O].to(emb_OD.dtype)
+        cos_O = (emb_OD * centre_OD).sum(1)
+        bound_O = self.cos_boundary_S[local_O].to(emb_OD.dtype)
+        if self.kind == "cos":
+            outside_O = (bound_O - cos_O).clamp_min(0.0)
+            slope_O = -torch.ones_like(cos_O)
+        else:
+            outside_O = (_angle_rad(cos_O) - _angle_rad(bound_O)).clamp_min(0.0)
+            outside_O = torch.where(bound_O <= -1.0, torch.zeros_like(outside_O), outside_O)
+            sin_O = (1.0 - cos_O * cos_O).clamp_min(torch.finfo(cos_O.dtype).tiny).sqrt()
+            slope_O = torch.where(cos_O.abs() < _COS_LIMIT, -1.0 / sin_O, torch.zeros_like(cos_O))
+        slope_O = torch.where(outside_O > 0.0, slope_O, torch.zeros_like(slope_O))
+        return outside_O, slope_O[:, None] * centre_OD
+
+    def old_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """(K, D) old centres of local classes."""
+        return self.centre_SD[rows]
 
 
 def alignment_loss(
@@ -56,6 +94,5 @@ def boundary_loss(
 
 
 def _angle_rad(cos: torch.Tensor) -> torch.Tensor:
-    # acos has an infinite slope at +-1; one part in 10^6 of a cosine is 1.4 mrad there
-    limit = 1.0 - 1e-6
-    return torch.where(cos.abs() < limit, torch.acos(cos.clamp(-limit, limit)), torch.where(cos > 0, 0.0, math.pi))
+    inside = torch.acos(cos.clamp(-_COS_LIMIT, _COS_LIMIT))
+    return torch.where(cos.abs() < _COS_LIMIT, inside, torch.where(cos > 0, 0.0, math.pi))

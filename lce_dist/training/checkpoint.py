@@ -12,7 +12,7 @@ import torch
 from lce_dist import storage
 from lce_dist.collectives import barrier
 from lce_dist.errors import CheckpointError
-from lce_dist.head.optimizer import HeadSGD
+from lce_dist.head.layer import ShardedHead
 from lce_dist.training.engine import Engine
 from lce_dist.world import World
 
@@ -24,11 +24,11 @@ class Checkpoints:
     step is all that they need.
     """
 
-    def __init__(self, directory: Path, keep: int, engine: Engine, optimizer: HeadSGD, world: World) -> None:
+    def __init__(self, directory: Path, keep: int, engine: Engine, head: ShardedHead, world: World) -> None:
         self.directory = directory
         self.keep = keep
         self.engine = engine
-        self.optimizer = optimizer
+        self.head = head
         self.world = world
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -65,10 +65,10 @@ class Checkpoints:
         return None
 
     def _tensors(self, network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        head = self.optimizer.head
-        rows = {"weight": head.weight.data, "momentum": self.optimizer.momentum_SD}
-        cut = {f"head.{name}": storage.class_rows(t, head.num_classes, self.world) for name, t in rows.items()}
-        return {f"net.{name}": tensor for name, tensor in network.items()} | cut
+        head, classes = self.head, self.head.rows.num_classes
+        cut = {f"head.{name}": storage.class_rows(t, classes, self.world) for name, t in head.tensors().items()}
+        running = {f"margin.{name}": value.view(1) for name, value in head.margin.state().items()}
+        return {f"net.{name}": tensor for name, tensor in network.items()} | cut | running
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from lce_dist.batch import Batch
-from lce_dist.collectives import gather_rows
+from lce_dist.collectives import all_reduce_sum, gather_rows
 from lce_dist.config import Config
 from lce_dist.errors import RunError
-from lce_dist.head.layer import ShardedHead
-from lce_dist.head.optimizer import HeadSGD
+from lce_dist.head.build import build_head
+from lce_dist.head.rows import initial_rows, local_classes
 from lce_dist.training.checkpoint import Checkpoints
 from lce_dist.training.engine import Engine
 from lce_dist.training.schedules import lr_at
@@ -60,13 +60,28 @@ def train_stage(
     Errors: RunError when the loss is not finite; no checkpoint is written from then on.
     """
     optim = config.optim
-    head = ShardedHead(config.head, stage.num_classes, stage.embedding_dim, stage.seed, world)
+    weight_SD = None
     if compat is not None and compat.config.rows_from_old:
-        with torch.no_grad():
-            head.weight.copy_(compat.old_space.centre_SD * head.weight.norm(dim=1, keepdim=True))
-    head_optimizer = HeadSGD(head, optim.momentum, optim.weight_decay, optim.clip_norm)
+        first, last = local_classes(stage.num_classes, world)
+        length_S = initial_rows(first, last, stage.embedding_dim, stage.seed).norm(dim=1, keepdim=True)
+        weight_SD = compat.old_space.centre_SD * length_S.to(world.device)
+
+    def head_lr(step: int) -> float:
+        return lr_at(step, stage.total_steps, optim.head_lr or optim.lr, optim.warmup_fraction)
+
+    head = build_head(
+        config.head,
+        optim,
+        stage.num_classes,
+        stage.embedding_dim,
+        stage.seed,
+        world,
+        head_lr,
+        compat.anchor() if compat is not None else None,
+        weight_SD,
+    )
     engine = Engine(net, optim, world)
-    checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head_optimizer, world)
+    checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head, world)
 
     state = checkpoints.resume(stage.fingerprint, lambda text: report({"type": "warning", "text": text}))
     first_step = 0 if state is None else int(state["step"])
@@ -90,9 +105,9 @@ def train_stage(
             batch = next(batches)
             meter.work()
             lr = lr_at(step, stage.total_steps, optim.lr, optim.warmup_fraction)
-            terms = train_step(engine, head, compat, batch, world)
+            terms = train_step(engine, head, batch, step, head_lr(step), world)
             net_norm = engine.step(lr)
-            head_norm = head_optimizer.step(lr * (optim.head_lr or optim.lr) / optim.lr)
+            alignment = head.step()
             meter.images += batch.global_rows
             ids = gather_rows(batch.sample_ids.to(world.device), batch.rows_per_rank, world)
             if ids_log is not None:
@@ -101,7 +116,11 @@ def train_stage(
             done = step + 1
             if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
                 _check_finite(terms, stage.name, step)
-                metrics = _metrics(terms, lr, net_norm, float(head_norm), meter, compat is not None)
+                metrics = _metrics(terms, lr, net_norm, meter)
+                if compat is not None:
+                    metrics["loss/alignment"] = float(all_reduce_sum(alignment, world))
+                    metrics["loss/boundary"] = float(terms.boundary)
+                    metrics["loss/total"] += compat.config.align_weight * metrics["loss/alignment"]
                 remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
                 report(
                     {
@@ -114,7 +133,7 @@ def train_stage(
                     }
                 )
             if done % config.checkpoint.every_steps == 0 or done == stage.total_steps:
-                _check_finite(terms, stage.name, step, net_norm, float(head_norm))
+                _check_finite(terms, stage.name, step, net_norm)
                 checkpoints.save(
                     done,
                     {
@@ -176,22 +195,16 @@ class _IdsLog:
         self._file.close()
 
 
-def _metrics(
-    terms: LossTerms, lr: float, net_norm: float | None, head_norm: float, meter: _Meter, compatible: bool
-) -> dict[str, float]:
+def _metrics(terms: LossTerms, lr: float, net_norm: float | None, meter: _Meter) -> dict[str, float]:
     metrics = {
         "loss/total": float(terms.total),
         "loss/classification": float(terms.classification),
         "optim/lr": lr,
-        "optim/head_gradient_norm": head_norm,
         "speed/images_per_s": meter.images_per_s,
         "speed/data_wait_fraction": meter.wait_fraction,
     }
     if net_norm is not None:
         metrics["optim/net_gradient_norm"] = net_norm
-    if compatible:
-        metrics["loss/alignment"] = float(terms.alignment)
-        metrics["loss/boundary"] = float(terms.boundary)
     return metrics
 
 

@@ -1,29 +1,32 @@
-"""What one micro-batch computes: embeddings, the head's loss and, for a compatible model, the two LCE terms."""
+"""What one global batch computes: embeddings, and the head's loss with the terms that tie it to an old space."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from lce_dist.batch import Batch
 from lce_dist.collectives import gather_rows
-from lce_dist.compat.lce import alignment_loss, boundary_loss
+from lce_dist.compat.lce import OldAnchor
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.config import CompatConfig
 from lce_dist.head.layer import ShardedHead
 from lce_dist.training.engine import Engine
 from lce_dist.world import World
 
+_SHORTEST = 1e-12  # an embedding below this length has no direction
+
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Global losses of one step, the same on every rank; ``total`` is what was differentiated."""
+    """Global losses of one step, the same on every rank.
+
+    ``total`` is what was differentiated but for the alignment, which the head adds in its update.
+    """
 
     total: torch.Tensor
     classification: torch.Tensor
-    alignment: torch.Tensor
     boundary: torch.Tensor
 
 
@@ -34,48 +37,51 @@ class Compatibility:
     config: CompatConfig
     old_space: OldSpace
 
+    def anchor(self) -> OldAnchor:
+        """The old space as the head uses it; centres are stored once, in the config's format."""
+        config, centre_SD = self.config, self.old_space.centre_SD
+        if config.centres == "fp16":
+            centre_SD = centre_SD.half()
+        return OldAnchor(
+            centre_SD, self.old_space.cos_boundary_S, config.align_weight, config.boundary_weight, config.boundary
+        )
 
-def train_step(
-    engine: Engine, head: ShardedHead, compat: Compatibility | None, batch: Batch, world: World
-) -> LossTerms:
-    """Forward and backward of one global batch, in ``engine.accumulation`` micro-batches; no update.
+
+def train_step(engine: Engine, head: ShardedHead, batch: Batch, step: int, head_lr: float, world: World) -> LossTerms:
+    """Forward and backward of one global batch, in ``engine.accumulation`` micro-batches; no update of the network.
 
     Each row weighs 1 / global rows whatever micro-batch and rank it is in, so the sum of the parts is the
-    mean over the global batch. **Collectives**: a micro-batch gathers its embeddings and reduces 2B floats.
+    mean over the global batch. **Collectives**: labels are gathered once; a micro-batch gathers its
+    embeddings, in 16 bits where the head multiplies 16-bit operands, and reduces 3B floats.
     """
     parts = engine.accumulation
-    sums = torch.zeros(4, dtype=torch.float64)
+    labels_G = gather_rows(batch.labels, batch.rows_per_rank, world)
+    head.begin_step(step, labels_G, head_lr)
+    wire = torch.float16 if head.settings.operand.itemsize == 2 else None
+    sums = torch.zeros(3, dtype=torch.float64)
     for part in range(parts):
         rows_per_rank = tuple(_part(rows, part, parts)[1] - _part(rows, part, parts)[0] for rows in batch.rows_per_rank)
         low, high = _part(batch.images.shape[0], part, parts)
-        unit_bD = F.normalize(engine.embed(batch.images[low:high]))
-        emb_GD = gather_rows(unit_bD, rows_per_rank, world)
-        labels_G = gather_rows(batch.labels[low:high], rows_per_rank, world)
+        raw_bD = engine.embed(batch.images[low:high])
+        norm_b = torch.linalg.vector_norm(raw_bD, dim=1)
+        emb_GD = gather_rows(raw_bD / norm_b.clamp_min(_SHORTEST)[:, None], rows_per_rank, world, wire)
+        norm_G = gather_rows(norm_b, rows_per_rank, world) if head.margin.uses_norms else None
+        part_G = _labels_of_part(labels_G, batch.rows_per_rank, part, parts)
         row_weight_G = emb_GD.new_full((emb_GD.shape[0],), 1.0 / batch.global_rows)
-
-        classification = head(emb_GD, labels_G, row_weight_G)
-        total, alignment, boundary = classification, classification.new_zeros(()), classification.new_zeros(())
-        if compat is not None:
-            old, config = compat.old_space, compat.config
-            boundary = boundary_loss(
-                emb_GD,
-                labels_G,
-                row_weight_G,
-                old.centre_SD,
-                old.cos_boundary_S,
-                head.first_class,
-                config.boundary,
-                world,
-            )
-            total = total + config.boundary_weight * boundary
-            if part == parts - 1:  # the alignment does not depend on the batch: once a step
-                alignment = alignment_loss(head.weight, old.centre_SD, head.num_classes, world)
-                total = total + config.align_weight * alignment
-        engine.backward(total)
+        terms = head(emb_GD, part_G, row_weight_G, norm_G, only_micro_batch=parts == 1)
+        engine.backward(terms.total)
         if part < parts - 1:
             engine.micro_step_done()
-        sums += torch.stack([total, classification, alignment, boundary]).detach().double().cpu()
-    return LossTerms(sums[0], sums[1], sums[2], sums[3])
+        sums += torch.stack([terms.total, terms.classification, terms.boundary]).detach().double().cpu()
+    return LossTerms(sums[0], sums[1], sums[2])
+
+
+def _labels_of_part(labels_G: torch.Tensor, rows_per_rank: tuple[int, ...], part: int, parts: int) -> torch.Tensor:
+    pieces = []
+    for own in labels_G.split(list(rows_per_rank)):
+        low, high = _part(own.shape[0], part, parts)
+        pieces.append(own[low:high])
+    return torch.cat(pieces)
 
 
 def _part(rows: int, part: int, parts: int) -> tuple[int, int]:

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.batch import Batch
+from lce_dist.collectives import all_reduce_sum
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
+from lce_dist.head.build import build_head
 from lce_dist.head.dense import dense_margin_softmax
-from lce_dist.head.layer import ShardedHead, initial_rows
+from lce_dist.head.identity import identity_tensor
+from lce_dist.head.layer import ShardedHead
 from lce_dist.head.margins import CosFace
-from lce_dist.head.optimizer import HeadSGD
+from lce_dist.head.rows import initial_rows
 from lce_dist.training.checkpoint import Checkpoints
 from lce_dist.training.engine import Engine
 from lce_dist.training.step import Compatibility, train_step
@@ -37,37 +40,41 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return images, labels, centres, torch.full((CLASSES,), 0.5)
 
 
-def parts_of(world: World, optim: OptimConfig) -> tuple[Engine, ShardedHead, HeadSGD, Compatibility, Batch]:
+def parts_of(world: World, optim: OptimConfig, head_config: HeadConfig) -> tuple[Engine, ShardedHead, Batch]:
     images, labels, centres, bound = inputs()
     rows = tuple((r + 1) * ROWS // world.size - r * ROWS // world.size for r in range(world.size))
     low = sum(rows[: world.rank])
     own = slice(low, low + rows[world.rank])
     first, last = shard_bounds(CLASSES, world.rank, world.size)
     space = OldSpace(centres[first:last], bound[first:last], torch.ones(last - first), CLASSES, first)
-    head = ShardedHead(HEAD, CLASSES, DIM, 7, world)
-    optimizer = HeadSGD(head, optim.momentum, optim.weight_decay, optim.clip_norm)
+    anchor = Compatibility(COMPAT, space).anchor()
+    head = build_head(head_config, optim, CLASSES, DIM, 7, world, lambda step: 0.2, anchor)
     batch = Batch(images[own], labels[own], torch.arange(own.start, own.stop), rows)
-    return Engine(net(), optim, world), head, optimizer, Compatibility(COMPAT, space), batch
+    return Engine(net(), optim, world), head, batch
 
 
-def train(world: World, optim: OptimConfig, steps: int, folder: str | None = None) -> dict[str, torch.Tensor]:
-    engine, head, optimizer, compat, batch = parts_of(world, optim)
-    checkpoints = Checkpoints(Path(folder or "unused") / "ck", 2, engine, optimizer, world)
+def train(
+    world: World, optim: OptimConfig, steps: int, folder: str | None = None, head_config: HeadConfig = HEAD
+) -> dict[str, torch.Tensor]:
+    engine, head, batch = parts_of(world, optim, head_config)
+    identities = identity_tensor([str(c) for c in range(*shard_bounds(CLASSES, world.rank, world.size))], 0, world)
+    checkpoints = Checkpoints(Path(folder or "unused") / "ck", 2, engine, head, identities, world)
     first = 0
     if folder is not None:
         state = checkpoints.resume("print", lambda text: None)
         first = 0 if state is None else state["step"]
     losses = []
     for step in range(first, steps):
-        terms = train_step(engine, head, compat, batch, world)
+        terms = train_step(engine, head, batch, step, 0.2, world)
         engine.step(0.1)
-        optimizer.step(0.2)
-        losses.append(terms.total)
+        alignment = all_reduce_sum(head.step(), world)
+        losses.append(terms.total + COMPAT.align_weight * alignment.double())
         if folder is not None:
             checkpoints.save(step + 1, {"fingerprint": "print"})
     return {
         **{name: t for name, t in engine.tensors().items() if world.rank == 0},
-        "rows": head.weight.detach(),
+        **{f"head.{name}": tensor.clone() for name, tensor in head.tensors().items()},
+        "rows": head.rows.weight.load(slice(0, head.rows.num_local)).clone(),
         "loss": torch.stack(losses) if losses else torch.zeros(0),
         "first": torch.tensor(first),
     }
@@ -86,7 +93,7 @@ def plain(optim: OptimConfig, steps: int) -> dict[str, torch.Tensor]:
     for _ in range(steps):
         emb = model(images)
         weights = torch.full((ROWS,), 1 / ROWS)
-        loss = dense_margin_softmax(emb, rows, labels, weights, CosFace(0.2), 8.0)
+        loss = dense_margin_softmax(emb, rows, labels, weights, None, CosFace(0.2), 8.0, None, World())
         loss = loss + 3.0 * (1 - (F.normalize(rows) * centres).sum(1)).mean()
         loss = loss + 2.0 * (bound[labels] - (F.normalize(emb) * centres[labels]).sum(1)).clamp_min(0).mean()
         losses.append(loss.detach().double())
@@ -95,7 +102,6 @@ def plain(optim: OptimConfig, steps: int) -> dict[str, torch.Tensor]:
         loss.backward()
         if optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-            torch.nn.utils.clip_grad_norm_([rows], optim.clip_norm)
         model_sgd.step()
         rows_sgd.step()
     return {
@@ -124,7 +130,7 @@ def test_step_equals_plain_sgd_on_the_whole_batch(run_distributed, size, zero_st
 
 def test_clipping_matters_in_these_cases():
     free, clipped = plain(OptimConfig(clip_norm=0.0), 4), plain(OptimConfig(clip_norm=0.3), 4)
-    assert not torch.allclose(free["rows"], clipped["rows"], rtol=1e-3)
+    assert not torch.allclose(free["weight.1.weight"], clipped["weight.1.weight"], rtol=1e-3)
 
 
 def test_bf16_stays_near_fp32(run_distributed):
@@ -136,24 +142,37 @@ def test_bf16_stays_near_fp32(run_distributed):
     assert not torch.equal(results[0], results[1])
 
 
-def test_resume_is_bitwise_and_moves_to_other_ranks_and_stages(run_distributed, tmp_path):
-    optim = OptimConfig(global_batch=ROWS, zero_stage=1, precision="fp32")
-    undisturbed = run_distributed(train, 2, optim, 6)
-    run_distributed(train, 2, optim, 3, str(tmp_path))
-    resumed = run_distributed(train, 2, optim, 6, str(tmp_path))
+HEADS = {
+    "fp32": HEAD,
+    "split rows, bf16 momentum": HEAD.model_copy(update={"rows": "split", "state": "bf16"}),
+    "adamw": HEAD.model_copy(update={"optimizer": "adamw", "state": "bf16"}),
+    "sampled, lazy": HEAD.model_copy(update={"sample_rate": 0.4, "sample_policy": "lazy"}),
+    "adaface": HeadConfig(loss="adaface", margin_rad=0.4, scale=8.0, chunk_classes=4),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_resume_is_bitwise_and_moves_to_other_ranks_and_stages(run_distributed, tmp_path, name):
+    optim, config = OptimConfig(global_batch=ROWS, zero_stage=1, precision="fp32"), HEADS[name]
+    undisturbed = run_distributed(train, 2, optim, 6, None, config)
+    run_distributed(train, 2, optim, 3, str(tmp_path), config)
+    resumed = run_distributed(train, 2, optim, 6, str(tmp_path), config)
     assert resumed[0]["first"] == 3
-    for name, value in undisturbed[0].items():
-        if name.startswith(("weight.", "momentum.")):
-            assert torch.equal(resumed[0][name], value), name
-    assert torch.equal(torch.cat([p["rows"] for p in resumed]), torch.cat([p["rows"] for p in undisturbed]))
+    for key, value in undisturbed[0].items():
+        if key.startswith(("weight.", "momentum.")):
+            assert torch.equal(resumed[0][key], value), key
+    for key in (key for key in undisturbed[0] if key.startswith("head.")):
+        assert torch.equal(torch.cat([p[key] for p in resumed]), torch.cat([p[key] for p in undisturbed])), key
 
     # step 6 is on disk: three ranks and another ZeRO stage read the very same numbers
-    moved = run_distributed(train, 3, OptimConfig(global_batch=ROWS, zero_stage=2, precision="fp32"), 6, str(tmp_path))
+    other = OptimConfig(global_batch=ROWS, zero_stage=2, precision="fp32")
+    moved = run_distributed(train, 3, other, 6, str(tmp_path), config)
     assert moved[0]["first"] == 6
-    for name, value in undisturbed[0].items():
-        if name.startswith(("weight.", "momentum.")):
-            assert torch.equal(moved[0][name], value), name
-    assert torch.equal(torch.cat([p["rows"] for p in moved]), torch.cat([p["rows"] for p in undisturbed]))
+    for key, value in undisturbed[0].items():
+        if key.startswith(("weight.", "momentum.")):
+            assert torch.equal(moved[0][key], value), key
+    for key in (key for key in undisturbed[0] if key.startswith("head.")):
+        assert torch.equal(torch.cat([p[key] for p in moved]), torch.cat([p[key] for p in undisturbed])), key
 
 
 def test_a_damaged_checkpoint_is_passed_over(run_distributed, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lce_dist.collectives import gather_rows
-from lce_dist.compat.lce import alignment_loss, boundary_loss
+from lce_dist.compat.lce import OldAnchor, alignment_loss, boundary_loss
 from lce_dist.compat.old_space import compute_old_space, load_old_space, save_old_space
 from lce_dist.embedding import EmbeddedRows
 from lce_dist.errors import RunError
@@ -69,6 +69,22 @@ def test_terms_and_gradients_equal_the_loop(run_distributed, size, kind):
             torch.testing.assert_close(part[key], truth[key], rtol=1e-10, atol=1e-12)
     for key in ("weight", "emb"):
         torch.testing.assert_close(torch.cat([part[key] for part in parts]), truth[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cos", "angle"])
+def test_what_the_head_uses_of_the_boundary_has_the_twins_value_and_gradient(kind):
+    v = values()
+    unit = F.normalize(v["emb"]).requires_grad_()
+    weights = torch.rand(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    boundary_loss(unit, v["labels"], weights, v["centre"], v["bound"], 0, kind, World()).backward()
+    anchor = OldAnchor(v["centre"], v["bound"], 1.0, 1.0, kind)
+    value, grad = anchor.outside(unit.detach(), v["labels"])
+    twin = boundary_loss(unit, v["labels"], weights, v["centre"], v["bound"], 0, kind, World())
+    torch.testing.assert_close((value * weights).sum(), twin.detach())
+    torch.testing.assert_close(weights[:, None] * grad, unit.grad)
+    poles = OldAnchor(v["centre"], torch.full((CLASSES,), 0.9, dtype=torch.float64), 1.0, 1.0, kind)
+    value, grad = poles.outside(torch.cat([v["centre"], -v["centre"]]), torch.arange(CLASSES).repeat(2))
+    assert torch.isfinite(value).all() and torch.isfinite(grad).all() and (value[:CLASSES] == 0).all()
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
