@@ -65,24 +65,24 @@ def local_nodes(placement: Placement) -> Iterator[None]:
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
     head = {**node, **_own_gpus(placement, 0), "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for number in range(1, placement.nodes):
-            cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
-        cluster.wait_for_nodes()
-        _connect(cluster.address)
+    with contextlib.ExitStack() as started:
+        with _own_signals():
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            started.callback(cluster.shutdown)
+            for number in range(1, placement.nodes):
+                cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
+            cluster.wait_for_nodes()
+            started.callback(ray.shutdown)
+            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         yield
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
-def _connect(address: str) -> None:
-    """ray.init puts a crash handler on SIGTERM; whoever asked to be told of signals gets them back."""
-    import ray
-
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray's nodes and ray.init take SIGTERM over; whoever asked to be told of signals gets them back."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    # a signal in between is Ray's; it ends this process, and the nodes with it
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -105,7 +105,8 @@ def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]
 
     _quiet()
     try:
-        _connect(address)
+        with _own_signals():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise SetupError(f"Ray cluster {address} does not answer: {error}. Check RAY_ADDRESS") from None
     try:
