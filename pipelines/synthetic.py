@@ -168,8 +168,8 @@ _TRAIT_TABLES = {kind: _trait_table(kind) for kind in (FaceIdentity, PhotoCondit
 
 
 def identity_key(number: int) -> str:
-    """The name of one person, for example ``face-000012``."""
-    return f"face-{number:06d}"
+    """The name of one person, for example ``face-000012``; names sort as numbers do."""
+    return f"face-{number:06d}" if number < 10**6 else f"face-m{number:012d}"  # letters sort after digits
 
 
 def identity_of(seed: int, number: int) -> FaceIdentity:

@@ -16,6 +16,7 @@ from lce_dist.head.layer import Sampling, ShardedHead
 from lce_dist.head.optimizer import SGD, AdamW, Rule
 from lce_dist.head.rows import ClassRows, initial_rows, local_classes
 from lce_dist.head.softmax import Anchor, Settings
+from lce_dist.head.update import update_rows_fused
 from lce_dist.world import World
 
 _KEPT_SHARE = 0.25  # of the device's memory, for stored exponentials
@@ -70,7 +71,7 @@ def settings_of(config: HeadConfig, num_classes: int, global_batch: int, world: 
             )
         from lce_dist.head.kernels import exp_cosines
 
-        settings = replace(settings, exp_cosines=exp_cosines)
+        settings = replace(settings, exp_cosines=exp_cosines, update_rows=update_rows_fused)
     return settings
 
 

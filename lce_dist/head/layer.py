@@ -15,11 +15,12 @@ import torch
 from lce_dist.collectives import sum_over_ranks
 from lce_dist.head.dense import dense_margin_softmax
 from lce_dist.head.margins import Margin
-from lce_dist.head.optimizer import SGD, RowGradient, Rule
-from lce_dist.head.rows import ClassRows, inverse_norm
+from lce_dist.head.optimizer import SGD, Rule
+from lce_dist.head.rows import ClassRows
 from lce_dist.head.sampling import active_classes, decay_over
 from lce_dist.head.softmax import Anchor, Chunk, HeadLoss, HeadTerms, MicroBatch, Settings, check_labels
 from lce_dist.head.tables import Rows
+from lce_dist.head.update import apply_rule, keep_rows
 from lce_dist.world import World
 
 
@@ -237,48 +238,44 @@ class ShardedHead:
         return HeadTerms(total, classification.detach(), boundary.detach())
 
     def _update(self, chunk: Chunk, product_KD: torch.Tensor) -> None:
-        """Apply the rule to one chunk: to the sum of dL/dcos * e (times the operand's column factor), or to dL/dw."""
+        """Move one chunk's rows, given the sum of dL/dcos * e (times the operand's column factor), or dL/dw."""
         rows, local = self.rows, chunk.rows
-        weight_KD, inv_K = rows.weight.load(local), rows.inv_norm_S[local]
-        product_K: torch.Tensor | None = None
-        if self.implementation == "dense":
-            along_K = torch.zeros_like(inv_K)
-        else:  # dL/dw = inv * (sum - its part along the unit row)
-            along_K = -((product_KD * weight_KD).sum(1)) * inv_K**2
-            if rows.column_factor(local, self.settings.product) is None:
-                product_K, along_K = inv_K, along_K * inv_K
-        old_KD = old_K = None
+        scaled = rows.column_factor(local, self.settings.product) is not None
+        old_KD = align_K = None
         if self.anchor is not None and self.anchor.align_weight > 0.0:
-            old_KD = self.anchor.old_rows(local).to(weight_KD.dtype)
-            cos_K = (old_KD * weight_KD).sum(1) * inv_K
-            share_K = torch.full_like(inv_K, 1.0 / rows.num_classes)
+            share_K = torch.full_like(rows.inv_norm_S[local], 1.0 / rows.num_classes)
             if self._drawn_N is not None and self.sampling is not None:
                 # only drawn rows count, for all that were not: the expectation is the mean over all classes
                 share_K *= self._drawn_N[chunk.low : chunk.high].to(share_K.dtype) / self.sampling.rate
-            self._aligned += ((1.0 - cos_K) * share_K).sum()
-            old_K = -self.anchor.align_weight * share_K * inv_K
-            along_K = along_K + self.anchor.align_weight * share_K * inv_K**2 * cos_K
-        gradient = RowGradient(product_KD, product_K, along_K, old_KD, old_K, self._extra_of(chunk, weight_KD))
-        state = {name: table.load(local) for name, table in rows.state.items()}
-        self.rule.apply(weight_KD, state, gradient, self._lr, self._step)
-        self._store(local, weight_KD, state, 2 * self._step)
+            old_KD, align_K = self.anchor.old_rows(local), self.anchor.align_weight * share_K
+        extra_KD = self._extra_of(chunk)
+        if self.implementation == "dense":
+            extra_KD = product_KD if extra_KD is None else product_KD + extra_KD
+        cos_K = self.settings.update_rows(
+            rows,
+            self.rule,
+            local,
+            None if self.implementation == "dense" else product_KD,
+            scaled,
+            old_KD,
+            align_K,
+            extra_KD,
+            self._lr,
+            self._step,
+        )
+        if cos_K is not None and align_K is not None and self.anchor is not None:
+            self._aligned += ((1.0 - cos_K) * align_K).sum() / self.anchor.align_weight
 
-    def _extra_of(self, chunk: Chunk, weight_KD: torch.Tensor) -> torch.Tensor | None:
+    def _extra_of(self, chunk: Chunk) -> torch.Tensor | None:
         if not self._extra:
             return None
-        sum_KD = torch.zeros_like(weight_KD)
+        first_ND = self._extra[0][1]
+        sum_KD = first_ND.new_zeros((chunk.high - chunk.low, first_ND.shape[1]))
         for local_N, grad_ND in self._extra:
             place_N = local_N if self._active_N is None else torch.searchsorted(self._active_N, local_N)
             inside = (place_N >= chunk.low) & (place_N < chunk.high)
             sum_KD.index_add_(0, place_N[inside] - chunk.low, grad_ND[inside].to(sum_KD.dtype))
         return sum_KD
-
-    def _store(self, local: Rows, weight_KD: torch.Tensor, state: dict[str, torch.Tensor], noise_step: int) -> None:
-        rows = self.rows
-        rows.weight.store(local, weight_KD, noise_step)
-        for name, table in rows.state.items():
-            table.store(local, state[name], noise_step)
-        rows.inv_norm_S[local] = inverse_norm(weight_KD)
 
     def _catch_up(self, local: Rows, step: int) -> None:
         assert self.sampling is not None and self.rows.touched_S is not None and isinstance(self.rule, SGD)
@@ -290,13 +287,10 @@ class ShardedHead:
         maps = maps.to(weight_KD.dtype)
         moved_KD = maps[:, 0, 0, None] * weight_KD + maps[:, 0, 1, None] * momentum_KD
         slowed_KD = maps[:, 1, 0, None] * weight_KD + maps[:, 1, 1, None] * momentum_KD
-        self._store(local, moved_KD, {"momentum": slowed_KD}, 2 * step - 1)
+        keep_rows(self.rows, local, moved_KD, {"momentum": slowed_KD}, 2 * step - 1)
 
     def _decay_others(self, active_N: torch.Tensor) -> None:
         rest = torch.ones(self.rows.num_local, dtype=torch.bool, device=active_N.device)
         rest[active_N] = False
         for local in torch.nonzero(rest).squeeze(1).split(self.chunk_classes):
-            weight_KD = self.rows.weight.load(local)
-            state = {name: table.load(local) for name, table in self.rows.state.items()}
-            self.rule.apply(weight_KD, state, None, self._lr, self._step)
-            self._store(local, weight_KD, state, 2 * self._step)
+            apply_rule(self.rows, self.rule, local, None, self._lr, self._step)

@@ -15,8 +15,6 @@ from typing import ClassVar
 
 import torch
 
-from lce_dist.config import HeadConfig
-
 
 @dataclass(frozen=True)
 class TargetTerm:
@@ -52,7 +50,7 @@ class Margin:
     def observe(
         self, norm_B: torch.Tensor | None, target_cos_B: torch.Tensor | None, row_weight_B: torch.Tensor
     ) -> None:
-        """Update running statistics from a micro-batch's global values, before ``target``; rows of weight 0 are not counted."""
+        """Take in a micro-batch's global values, before ``target``; rows of weight 0 are not counted."""
 
     @torch.no_grad()
     def target(self, cos_O: torch.Tensor, norm_O: torch.Tensor | None) -> TargetTerm:
@@ -81,11 +79,6 @@ class Margin:
     def _psi(self, cos_O: torch.Tensor, held_O: torch.Tensor, norm_O: torch.Tensor | None) -> TargetTerm:
         """In float64: the value at ``cos_O``, the slopes at ``held_O``, which keeps off +-1."""
         return TargetTerm(cos_O, torch.ones_like(cos_O), None)
-
-    def __call__(self, cos_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``target`` for margins that need no norms: (value, slope)."""
-        term = self.target(cos_O, None)
-        return term.value_O, term.slope_O
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +136,7 @@ class AdaFace(Margin):
     z = h * (norm - mean) / (std + 0.001), norms clipped to [0.001, 100]; no gradient through the norm. ``theta - m z``
     is clipped to [0, pi], where psi is flat (slope 0), as published. ``decay`` is the share of the old mean and std
     (start: 20 and 100) that one micro-batch leaves. Not kept: the authors' clamp of all cosines to +-0.999.
-    **Source**: Kim et al., AdaFace, CVPR 2022, equations 17 to 19; github.com/mk-minchul/AdaFace, head.py.
+    **Source**: Kim et al., AdaFace, CVPR 2022, equations 16 to 19; github.com/mk-minchul/AdaFace, head.py.
     """
 
     margin: float
@@ -158,7 +151,7 @@ class AdaFace(Margin):
     def observe(
         self, norm_B: torch.Tensor | None, target_cos_B: torch.Tensor | None, row_weight_B: torch.Tensor
     ) -> None:
-        """Take in the norms' mean and unbiased standard deviation; one counted row has no deviation and moves the mean only."""
+        """Take in the norms' mean and unbiased deviation; a single counted row has none and moves the mean only."""
         assert norm_B is not None
         norm_N = _clip_norms(_counted(norm_B, row_weight_B))
         if norm_N.numel() > 0:
@@ -175,20 +168,19 @@ class AdaFace(Margin):
         z_O = self.h * (_clip_norms(norm_O) - float(self._mean)) / (float(self._std) + 1e-3)
         share_O = self.margin * z_O.clamp(-1.0, 1.0)
         angle_O = torch.acos(cos_O) - share_O
-        inside_O = (angle_O >= 0.0) & (angle_O <= math.pi)
         value_O = torch.cos(angle_O.clamp(0.0, math.pi)) - (self.margin + share_O)
         held_angle_O = torch.acos(held_O)
-        slope_O = (torch.sin(held_angle_O - share_O) / torch.sin(held_angle_O)).clamp_min(0.0)
-        return TargetTerm(value_O, torch.where(inside_O, slope_O, 0.0), None)
+        slope_O = torch.sin(held_angle_O - share_O) / torch.sin(held_angle_O)
+        return TargetTerm(value_O, slope_O.clamp_min(0.0), None)  # the sine is negative just where the angle is clipped
 
 
 @dataclass(frozen=True, eq=False)
 class MagFace(Margin):
-    """cos(theta + m(a)), m linear in the norm a from (lower_norm, lower_margin) to (upper_norm, upper_margin) in radians.
+    """cos(theta + m(a)), m linear in the norm a: lower_margin (radians) at lower_norm, upper_margin at upper_norm.
 
-    Norms are clamped to [lower_norm, upper_norm]; the gradient runs through them, and is zero where clamped. Past pi
+    Norms are clamped to these bounds; the gradient runs through them, and is zero where clamped. Past pi
     as :class:`ArcFace` (the authors' ``easy_margin=False``). ``regulariser``: weight * (a / upper_norm^2 + 1 / a).
-    **Source**: Meng et al., MagFace, CVPR 2021, equations 3 and 5 (there 10, 110, 0.45, 0.8 and weight 35);
+    **Source**: Meng et al., MagFace, CVPR 2021 (norms 10 to 110, margins 0.45 to 0.8, weight 35);
     github.com/IrvingMeng/MagFace, models/magface.py.
     """
 
@@ -228,9 +220,8 @@ class CurricularFace(Margin):
     """ArcFace whose hard negatives, those above their row's psi, become cos * (t + cos).
 
     t is the running mean of target cosines, from 0; ``decay`` is its share that one micro-batch leaves. The threshold
-    is psi with its continuation past pi (the authors' code takes bare cos(theta + m) there, against equation 9).
-    **Source**: Huang et al., CurricularFace, CVPR 2020, equations 9 to 11; github.com/HuangYG123/CurricularFace,
-    head/metrics.py.
+    is psi with its continuation past pi; the authors' code takes bare cos(theta + m), which rises again there.
+    **Source**: Huang et al., CurricularFace, CVPR 2020; github.com/HuangYG123/CurricularFace, head/metrics.py.
     """
 
     margin_rad: float
@@ -261,17 +252,6 @@ class CurricularFace(Margin):
     def _psi(self, cos_O: torch.Tensor, held_O: torch.Tensor, norm_O: torch.Tensor | None) -> TargetTerm:
         value_O, slope_O, _ = _rotated(cos_O, held_O, 1.0, torch.full_like(cos_O, self.margin_rad))
         return TargetTerm(value_O, slope_O, None)
-
-
-def margin_of(config: HeadConfig) -> Margin:
-    """The margin that the config names."""
-    if config.loss == "arcface":
-        assert config.margin_rad is not None
-        return ArcFace(config.margin_rad)
-    if config.loss == "cosface":
-        assert config.margin_cos is not None
-        return CosFace(config.margin_cos)
-    return PlainSoftmax()
 
 
 def _rotated(

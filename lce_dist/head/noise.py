@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 _MASK = 0xFFFFFFFF
-_ROW, _STEP, _COLUMN = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D
+ROW, COLUMN, _STEP = 0x9E3779B1, 0xC2B2AE3D, 0x85EBCA77
 
 
 def noise_bits(key: int, step: int, rows_K: torch.Tensor, num_columns: int) -> torch.Tensor:
@@ -17,10 +17,14 @@ def noise_bits(key: int, step: int, rows_K: torch.Tensor, num_columns: int) -> t
     In uint32 arithmetic: row word r = mix(row_low * ROW + mix(key + step * STEP) + row_high), bits =
     upper half of mix(r ^ (column * COLUMN)). **Source** of mix: the finalizer of MurmurHash3, Appleby.
     """
-    seed = _mix_int((key + step * _STEP) & _MASK)
-    row_K = _mix(((rows_K & _MASK) * _ROW + seed + (rows_K >> 32)) & _MASK)
-    column_D = torch.arange(num_columns, device=rows_K.device, dtype=torch.int64) * _COLUMN & _MASK
+    row_K = _mix(((rows_K & _MASK) * ROW + step_word(key, step) + (rows_K >> 32)) & _MASK)
+    column_D = torch.arange(num_columns, device=rows_K.device, dtype=torch.int64) * COLUMN & _MASK
     return (_mix(row_K[:, None] ^ column_D) >> 16).int()
+
+
+def step_word(key: int, step: int) -> int:
+    """mix(key + step * STEP), the part of ``noise_bits`` that all rows share, in [0, 2^32)."""
+    return _mix_int((key + step * _STEP) & _MASK)
 
 
 def round_stochastically(values_KD: torch.Tensor, bits_KD: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ class RowGradient:
     rows themselves, so they cost a factor each.
     """
 
-    product_KD: torch.Tensor
+    product_KD: torch.Tensor | None
     product_K: torch.Tensor | None
     along_K: torch.Tensor
     old_KD: torch.Tensor | None
@@ -26,10 +26,10 @@ class RowGradient:
 
     def add_to(self, sum_KD: torch.Tensor, weight_KD: torch.Tensor, decay: float) -> None:
         """sum_KD += gradient + decay * weight_KD."""
-        if self.product_K is None:
-            sum_KD.add_(self.product_KD)
-        else:
+        if self.product_KD is not None and self.product_K is not None:
             sum_KD.addcmul_(self.product_KD, self.product_K[:, None])
+        elif self.product_KD is not None:
+            sum_KD.add_(self.product_KD)
         sum_KD.addcmul_(weight_KD, (self.along_K + decay)[:, None])
         if self.old_KD is not None and self.old_K is not None:
             sum_KD.addcmul_(self.old_KD, self.old_K[:, None])

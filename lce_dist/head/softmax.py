@@ -18,9 +18,11 @@ from lce_dist.head.chunked import exp_cosines, offset_of, product
 from lce_dist.head.margins import HardNegatives, Margin
 from lce_dist.head.rows import ClassRows
 from lce_dist.head.tables import Rows
+from lce_dist.head.update import update_rows
 from lce_dist.world import World
 
 ExpCosines = Callable[..., torch.Tensor]
+UpdateRows = Callable[..., torch.Tensor | None]
 
 
 class Anchor(Protocol):
@@ -57,6 +59,7 @@ class Settings:
     operand: torch.dtype
     kept: torch.dtype | None
     exp_cosines: ExpCosines = exp_cosines
+    update_rows: UpdateRows = update_rows
 
     @property
     def product(self) -> torch.dtype:

@@ -155,3 +155,9 @@ def test_contact_sheet_names_what_is_wrong() -> None:
         contact_sheet([("a", [])], 20, None)
     with pytest.raises(DataError, match=r"a photo of a has shape \(4, 4\) and type uint8; must be RGB uint8"):
         contact_sheet([("a", [np.zeros((4, 4), np.uint8)])], 20, None)
+
+
+def test_names_sort_as_numbers_do() -> None:
+    numbers = [0, 9, 10, 999_999, 1_000_000, 1_000_001, 20_000_000]
+    keys = [identity_key(number) for number in numbers]
+    assert keys == sorted(set(keys))
