@@ -1,4 +1,4 @@
-"""The command ``lce``: train, and the data commands. Our own errors are one line; exit codes are for scripts."""
+"""The command ``lce``: train, plan, and the data commands. Our own errors are one line; exit codes are for scripts."""
 
 from __future__ import annotations
 
@@ -76,6 +76,37 @@ def _parser() -> argparse.ArgumentParser:
         "--config-json-env", metavar="NAME", help="read the resolved config from this environment variable"
     )
     job.set_defaults(run=_job)
+
+    plan = commands.add_parser(
+        "plan",
+        help="what a run needs before it is started: memory, time, and what would not fit",
+        description="Bytes per rank by part, bytes on the wire, operations, the time of a step and of an epoch, the "
+        "bottleneck,\nand which setting would make fit what does not. Nothing is trained; times are calculated.",
+        epilog="examples:\n"
+        "  lce plan configs/quickstart.toml --gpu cpu --calibrate\n"
+        "  lce plan mine.toml --classes 2059906 --images 42474557 --ranks-per-node 8 --gpu h200\n"
+        "  lce plan mine.toml --classes 10000000 --images 206000000 --nodes 8 --ranks-per-node 8 --gpu a100 --json\n"
+        "  lce plan mine.toml --classes 1000000 29000000 --images 20600000 598000000 --ranks-per-node 8   (a table)\n\n"
+        + _EXIT_CODES
+        + "\n4: a plan does not fit the machine",
+        formatter_class=raw,
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="TOML file")
+    plan.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable"
+    )
+    plan.add_argument(
+        "--classes", type=int, nargs="+", default=[], metavar="N", help="identities of the new training set"
+    )
+    plan.add_argument(
+        "--images", type=int, nargs="+", default=[], metavar="N", help="images (default: both from the config's data)"
+    )
+    plan.add_argument("--nodes", type=int, default=1, help="nodes (default: 1)")
+    plan.add_argument("--ranks-per-node", type=int, default=1, help="GPUs, or workers, on each node (default: 1)")
+    plan.add_argument("--gpu", default="h200", metavar="KIND", help="h200, h100, a100, l4 or cpu (default: h200)")
+    plan.add_argument("--calibrate", action="store_true", help="cpu: measure this machine's rates first (seconds)")
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes, FLOP and seconds")
+    plan.set_defaults(run=_plan)
 
     data = commands.add_parser("data", help="pack, draw and look at data sets").add_subparsers(
         required=True, metavar="ACTION"
@@ -194,6 +225,26 @@ def _options(arguments: argparse.Namespace, on_cluster: bool) -> TrainOptions:
     return TrainOptions(
         arguments.nodes, arguments.workers_per_node, arguments.with_independent, arguments.fresh, on_cluster
     )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from launch.plan import GPU_KINDS, Asked, plan_text
+
+    if arguments.gpu not in GPU_KINDS:
+        raise ConfigError(f"--gpu is {arguments.gpu!r}; must be one of {', '.join(GPU_KINDS)}")
+    asked = Asked(
+        arguments.classes,
+        arguments.images,
+        arguments.nodes,
+        arguments.ranks_per_node,
+        arguments.gpu,
+        arguments.calibrate,
+        arguments.json,
+    )
+    text, refusal = plan_text(load_config(arguments.config, arguments.set), asked)
+    print(text)
+    if refusal is not None:
+        raise refusal
 
 
 def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +17,9 @@ from lce_dist.head.sampling import class_bits
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 
-def rotating_subset(seed: int, step: int, period: int, first_class: int, last_class: int) -> torch.Tensor:
+def rotating_subset(
+    seed: int, step: int, period: int, first_class: int, last_class: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Local numbers (N,), rising, of the classes whose turn ``step`` is: about 1 / period of them.
 
     Each class has one turn in steps k * period ... (k + 1) * period - 1, at a place drawn anew for every k
@@ -26,8 +27,8 @@ def rotating_subset(seed: int, step: int, period: int, first_class: int, last_cl
     """
     if period < 1:
         raise ValueError(f"period is {period}; must be at least 1")
-    turn = class_bits(seed, step // period, first_class, last_class) % np.uint64(period)
-    return torch.from_numpy(np.flatnonzero(turn == np.uint64(step % period)))
+    turn = class_bits(seed, step // period, first_class, last_class, device) % period
+    return torch.nonzero(turn == step % period).squeeze(1)
 
 
 def transformed_alignment(

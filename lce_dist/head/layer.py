@@ -20,7 +20,7 @@ from lce_dist.head.rows import ClassRows
 from lce_dist.head.sampling import active_classes, decay_over
 from lce_dist.head.softmax import Anchor, Chunk, HeadLoss, HeadTerms, MicroBatch, Settings, check_labels
 from lce_dist.head.tables import Rows
-from lce_dist.head.update import apply_rule, keep_rows
+from lce_dist.head.update import decay_rows, keep_rows
 from lce_dist.world import World
 
 
@@ -293,4 +293,4 @@ class ShardedHead:
         rest = torch.ones(self.rows.num_local, dtype=torch.bool, device=active_N.device)
         rest[active_N] = False
         for local in torch.nonzero(rest).squeeze(1).split(self.chunk_classes):
-            apply_rule(self.rows, self.rule, local, None, self._lr, self._step)
+            decay_rows(self.rows, self.rule, local, self._lr, self._step)

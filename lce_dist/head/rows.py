@@ -51,11 +51,11 @@ class ClassRows:
         seed: int,
     ) -> ClassRows:
         """Fresh rows: ``weight_SD`` in its storage format, state zero."""
-        zeros = torch.zeros_like(weight_SD)
         state: dict[str, Table] = {}
         for number, name in enumerate(state_names):
             if state_format == "bf16":
-                state[name] = HalfTable(zeros, (seed * 4 + number) & 0x7FFFFFFF, first_class)
+                zeros_SD = torch.zeros_like(weight_SD, dtype=torch.bfloat16)
+                state[name] = HalfTable(zeros_SD, (seed * 4 + number) & 0x7FFFFFFF, first_class)
             else:
                 state[name] = PlainTable(torch.zeros_like(weight_SD))
         inv_norm_S = inverse_norm(weight_SD)

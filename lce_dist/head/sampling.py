@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
-_BLOCK = 1 << 20
+# classes at a time: on a CPU a block's temporaries stay in the cache, on a GPU they are few launches
+_BLOCK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def active_classes(
@@ -22,37 +22,52 @@ def active_classes(
     """Local numbers (N,) of this shard's classes in the step, rising, and which of them (N,) were drawn.
 
     A positive that was not drawn takes part too; its flag is False. ``labels_G``: global labels of the
-    whole step, any order, duplicates allowed.
+    whole step, any order, duplicates allowed; the draw is made on their device.
     """
+    device, block = labels_G.device, _BLOCK[labels_G.device.type]
     drawn = [
-        torch.nonzero(drawn_flags(seed, step, rate, low, min(low + _BLOCK, last_class))).squeeze(1)
+        torch.nonzero(drawn_flags(seed, step, rate, low, min(low + block, last_class), device)).squeeze(1)
         + (low - first_class)
-        for low in range(first_class, last_class, _BLOCK)
+        for low in range(first_class, last_class, block)
     ]
-    drawn_N = torch.cat(drawn).to(labels_G.device) if drawn else labels_G.new_zeros(0)
+    drawn_N = torch.cat(drawn) if drawn else labels_G.new_zeros(0)
     local = labels_G[(labels_G >= first_class) & (labels_G < last_class)] - first_class
     active_N = torch.unique(torch.cat([drawn_N, local]))  # sorted
     return active_N, torch.isin(active_N, drawn_N, assume_unique=True)
 
 
-def drawn_flags(seed: int, step: int, rate: float, first_class: int, last_class: int) -> torch.Tensor:
-    """Which of the classes [first_class, last_class) are drawn in ``step``: a bool tensor on the CPU."""
-    bits = class_bits(seed, step, first_class, last_class)
-    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate)
+def drawn_flags(
+    seed: int, step: int, rate: float, first_class: int, last_class: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """Which of the classes [first_class, last_class) are drawn in ``step``: bool."""
+    return class_bits(seed, step, first_class, last_class, device).double() * 2.0**-53 < rate
 
 
-def class_bits(seed: int, step: int, first_class: int, last_class: int) -> npt.NDArray[np.uint64]:
-    """64 random bits for each of the classes [first_class, last_class): a function of (seed, step, class)."""
-    with np.errstate(over="ignore"):
-        key = _mix(_mix(np.array([seed & (2**64 - 1)], np.uint64)) + np.uint64(step))
-        return _mix(key + np.arange(first_class, last_class, dtype=np.uint64) * np.uint64(_GOLDEN))
+def class_bits(
+    seed: int, step: int, first_class: int, last_class: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """53 random bits (int64) for each of the classes [first_class, last_class): a function of (seed, step, class)."""
+    key = int(_mix(_mix(torch.tensor([_signed(seed)])) + step))
+    classes = torch.arange(first_class, last_class, dtype=torch.int64, device=device)
+    return _shift(_mix(classes.mul_(_signed(_GOLDEN)).add_(key)), 11)
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    # the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    # the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014); int64 products wrap as uint64 ones do
+    x = (x ^ _shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x = (x ^ _shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift to the right."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned word."""
+    word &= 2**64 - 1
+    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def decay_over(

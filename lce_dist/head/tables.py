@@ -88,7 +88,7 @@ class HalfTable:
     bytes_per_value = 2
 
     def __init__(self, values_SD: torch.Tensor, key: int, first_row: int) -> None:
-        self.values_SD = values_SD.to(torch.bfloat16)
+        self.values_SD = values_SD.to(torch.bfloat16)  # itself, if it is so already
         self.key = key
         self.first_row = first_row
 

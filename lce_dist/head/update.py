@@ -44,13 +44,24 @@ def update_rows(
         old_K = -align_K * inv_K
         along_K = along_K + align_K * inv_K**2 * cos_K
     gradient = RowGradient(product_KD, product_K, along_K, old_KD, old_K, extra_KD)
-    apply_rule(rows, rule, local, gradient, lr, step)
+    _apply(rows, rule, local, weight_KD, gradient, lr, step)
     return cos_K
 
 
-def apply_rule(rows: ClassRows, rule: Rule, local: Rows, gradient: RowGradient | None, lr: float, step: int) -> None:
-    """Move rows and state by a gradient (None: zero) and keep them."""
-    weight_KD = rows.weight.load(local)
+def decay_rows(rows: ClassRows, rule: Rule, local: Rows, lr: float, step: int) -> None:
+    """Apply ``rule`` to rows without a gradient: their momentum and decay go on."""
+    _apply(rows, rule, local, rows.weight.load(local), None, lr, step)
+
+
+def _apply(
+    rows: ClassRows,
+    rule: Rule,
+    local: Rows,
+    weight_KD: torch.Tensor,
+    gradient: RowGradient | None,
+    lr: float,
+    step: int,
+) -> None:
     state = {name: table.load(local) for name, table in rows.state.items()}
     rule.apply(weight_KD, state, gradient, lr, step)
     keep_rows(rows, local, weight_KD, state, 2 * step)

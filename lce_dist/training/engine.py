@@ -24,6 +24,8 @@ from lce_dist.collectives import all_reduce_sum
 from lce_dist.config import OptimConfig
 from lce_dist.world import World
 
+MOST_IN_A_BUCKET = 50_000_000  # values: 200 MB, enough for a link to be busy
+
 
 class Engine:
     """A network under DeepSpeed, with SGD, ZeRO and precision from the config.
@@ -57,7 +59,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=net.to(world.device),
             optimizer=optimizer,
-            config=_settings(config, self.bf16),
+            config=_settings(config, self.bf16, sum(p.numel() for p in net.parameters())),
             dist_init_required=False,
         )
         self._prime()
@@ -175,13 +177,17 @@ def _is_plain(param: nn.Parameter) -> bool:
     return not hasattr(param, "_hp_mapping")
 
 
-def _settings(config: OptimConfig, bf16: bool) -> dict[str, Any]:
+def _settings(config: OptimConfig, bf16: bool, num_parameters: int) -> dict[str, Any]:
     return {
         # DeepSpeed only divides by these; the true sizes of batches are ours (they may differ by one row)
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip_norm,
-        "zero_optimization": {"stage": config.zero_stage},
+        # two buckets of this many values are allocated whatever the network needs: by default 4 GB
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": min(MOST_IN_A_BUCKET, num_parameters),
+        },
         "zero_allow_untested_optimizer": True,
         # autocast rather than 16-bit weights: batch-norm statistics and the weights stay float32, as
         # face trainers do; for nets of 5 to 100 M parameters the copies cost nothing
