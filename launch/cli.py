@@ -1,4 +1,4 @@
-"""The command ``lce``: train, plan, and the data commands. Our own errors are one line; exit codes are for scripts."""
+"""The command ``lce``: train, plan; data and classifiers. Our own errors are one line; exit codes are for scripts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from launch.head_cli import add_head_commands
 from lce_dist.config import Config, SyntheticConfig, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
 
@@ -107,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--calibrate", action="store_true", help="cpu: measure this machine's rates first (seconds)")
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes, FLOP and seconds")
     plan.set_defaults(run=_plan)
+
+    add_head_commands(commands)
 
     data = commands.add_parser("data", help="pack, draw and look at data sets").add_subparsers(
         required=True, metavar="ACTION"

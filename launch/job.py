@@ -16,12 +16,14 @@ from launch.report import write_report
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.old_space import OldSpace, compute_old_space, load_old_space, save_old_space
-from lce_dist.config import Config, NetConfig
+from lce_dist.config import MARGIN_KEYS, Config, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.evaluation.metrics import EmbeddingSet
+from lce_dist.head.classifier import OldRows, save_classifier
+from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
-from lce_dist.training.loop import Report, Stage, train_stage
+from lce_dist.training.loop import Report, Stage, Trained, train_stage
 from lce_dist.training.plan import plan_stage
 from lce_dist.training.step import Compatibility
 from lce_dist.world import World
@@ -116,6 +118,8 @@ def _network(
             directory,
             job.fingerprint,
             job.mlflow_run_ids.get("parent"),
+            view.identities[slice(*local_classes(plan.num_classes, world))],
+            job.base_dir / config.head.start_from if name == "new" and config.head.start_from is not None else None,
         )
 
         @contextmanager
@@ -133,18 +137,32 @@ def _network(
             with stream:
                 yield iter(stream)
 
-        speed = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
+        trained = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
+        card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
+        card |= {"image_size": str(config.data.image_size), "fingerprint": job.fingerprint}
+        _save_classifier(directory / "classifier", trained, compat, config, card, world)
         if world.is_first:
-            card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
-            card |= {"image_size": str(config.data.image_size), "fingerprint": job.fingerprint}
             save_weights(net, weights, card)
             finished_partial = finished.with_suffix(".partial")
-            finished_partial.write_text(json.dumps({"images_per_s": speed, "steps": plan.total_steps}))
+            finished_partial.write_text(json.dumps({"images_per_s": trained.images_per_s, "steps": plan.total_steps}))
             finished_partial.replace(finished)
         barrier(world)
         load_weights(net, weights)  # every rank goes on with the bytes that were published
         report({"type": "stage_done", "stage": name})
     return net.to(world.device).eval().requires_grad_(False)
+
+
+def _save_classifier(
+    directory: Path, trained: Trained, compat: Compatibility | None, config: Config, card: dict[str, str], world: World
+) -> None:
+    """Leave rows, identities and old space beside the weights."""
+    old = None
+    if compat is not None:
+        space = compat.old_space
+        old = OldRows(space.centre_SD, space.cos_boundary_S, space.count_S)
+    margin = config.head.model_dump(include={"loss", "scale", *MARGIN_KEYS[config.head.loss]})
+    model = {**card, "head": margin}
+    save_classifier(directory, trained.head.rows, trained.identity_SL, old, model, world)
 
 
 def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Report) -> OldSpace:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lce_dist.config import Config, DataConfig, SyntheticConfig
 from lce_dist.errors import ConfigError, DataError
+from lce_dist.head import classifier
 from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
@@ -24,6 +25,7 @@ from pipelines.synthetic import identity_key, photos
 
 Progress = Callable[[str, int, int], None]
 
+_MIB = 1 << 20
 _MOST_DRAWERS = 16  # inside a pod the whole host's processors are seen
 
 
@@ -35,10 +37,12 @@ class Prepared:
     split: IdentitySplit
     plans: dict[str, StagePlan]
     old_weights: str | None  # fingerprint
+    first_rows: str | None  # fingerprint of head.start_from
 
     def identity(self, config: Config) -> dict[str, object]:
-        """All that the run's results depend on: settings, data, given weights."""
-        return {**config.result_values(), "data_content": self.dataset.fingerprint, "old_weights": self.old_weights}
+        """All that the run's results depend on: settings, data, given weights and rows."""
+        given = {"old_weights": self.old_weights, "first_rows": self.first_rows}
+        return {**config.result_values(), "data_content": self.dataset.fingerprint, **given}
 
 
 def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedDataset:
@@ -94,6 +98,15 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         old = build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
         load_weights(old, Path(config.old.weights))
         old_weights = fingerprint(old)
+    first_rows = None
+    if config.head.start_from is not None:
+        card = classifier.read_card(Path(config.head.start_from))
+        if card.dim != config.new.embedding_dim:
+            raise ConfigError(
+                f"head.start_from is {config.head.start_from}, whose rows have {card.dim} values; must be "
+                f"new.embedding_dim ({config.new.embedding_dim}). Name another classifier"
+            )
+        first_rows = classifier.fingerprint(Path(config.head.start_from), in_mib(progress, "reading rows"))
     dataset = prepare_data(config.data, cache, progress)
     split = split_identities(
         dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
@@ -112,7 +125,17 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         if section.weights is None:
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
-    return Prepared(dataset, split, plans, old_weights)
+    return Prepared(dataset, split, plans, old_weights, first_rows)
+
+
+def in_mib(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """Progress in bytes, shown in MiB; the last one is shown when all bytes are done, and only then."""
+
+    def show(done: int, total: int) -> None:
+        shown = -(-total // _MIB)
+        progress(f"{what}, MiB", shown if done == total else done // _MIB, shown)
+
+    return show
 
 
 def fingerprint_of(identity: dict[str, object]) -> str:

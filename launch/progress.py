@@ -80,6 +80,9 @@ class RunProgress:
                 self._progress.update(self._tasks[name], completed=self._progress.tasks[self._tasks[name]].total)
             if not self._live:
                 self.note(f"{name}: done")
+        elif kind == "rows_started":
+            known, others = event["known_classes"], event["other_classes"]
+            self.note(f"{name}: rows of {known:,} identities as given by head.start_from, {others:,} drawn")
         elif kind == "stage_skipped":
             self.note(f"{name}: {event['why']}")
             if name in self._tasks:

@@ -113,6 +113,7 @@ class HeadConfig(_Section):
     exponentials: Literal["auto", "keep", "recompute"] = "auto"
     operands: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     chunk_classes: Count | None = None
+    start_from: str | None = None
 
     @model_validator(mode="after")
     def _margin_fits_loss(self) -> HeadConfig:
@@ -244,11 +245,11 @@ class Config(_Section):
     def result_values(self) -> dict[str, Any]:
         """The settings that can change weights or reported numbers; the fingerprint covers these alone.
 
-        Places do not count, what lies there does: a run adds the fingerprints of its data and old weights.
+        Places do not count, what lies there does: a run adds the fingerprints of its data, old weights and first rows.
         """
         values = self.model_dump(mode="json", include=set(RESULT_SECTIONS))
         values["seed"] = self.run.seed
-        for section, key in (("data", "images"), ("data", "shards"), ("old", "weights")):
+        for section, key in (("data", "images"), ("data", "shards"), ("old", "weights"), ("head", "start_from")):
             values[section][key] = values[section][key] is not None
         return values
 

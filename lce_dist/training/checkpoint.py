@@ -10,25 +10,29 @@ from typing import Any
 import torch
 
 from lce_dist import storage
-from lce_dist.collectives import barrier
+from lce_dist.collectives import all_reduce_max
 from lce_dist.errors import CheckpointError
+from lce_dist.head.identity import KEY, refuse_other_keys
 from lce_dist.head.layer import ShardedHead
 from lce_dist.training.engine import Engine
 from lce_dist.world import World
 
 
 class Checkpoints:
-    """``directory``/step-00000120/...: network, head rows, both momenta, and a small JSON state.
+    """``directory``/step-00000120/...: network, head rows and whose they are, both momenta, a small JSON state.
 
     The order of samples, augmentation, schedules and random numbers are functions of (seed, step), so the
-    step is all that they need.
+    step is all that they need. identity_SL: the keys of this shard's rows (``identity_tensor``).
     """
 
-    def __init__(self, directory: Path, keep: int, engine: Engine, head: ShardedHead, world: World) -> None:
+    def __init__(
+        self, directory: Path, keep: int, engine: Engine, head: ShardedHead, identity_SL: torch.Tensor, world: World
+    ) -> None:
         self.directory = directory
         self.keep = keep
         self.engine = engine
         self.head = head
+        self.identity_SL = identity_SL
         self.world = world
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -42,21 +46,23 @@ class Checkpoints:
     def resume(self, fingerprint: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Load the newest undamaged checkpoint and return its state; None when there is none.
 
-        Errors: CheckpointError when the newest one belongs to another config.
+        Errors: CheckpointError, on every rank, when the newest one belongs to another config or to other
+        identities; weights and rows are as they were.
         """
-        barrier(self.world)
-        for step in self._steps():
+        for step in self._agreed_steps():
             path = self._path(step)
             reason = storage.damage(path, self.world)
             if reason is not None:
                 warn(f"checkpoint skipped: {reason}; going on from the one before it")
                 continue
-            state = storage.read_state(path)
+            state = storage.read_manifest(path, self.world).state
             if state["fingerprint"] != fingerprint:
                 raise CheckpointError(
                     f"{path} was written with config fingerprint {state['fingerprint']}; this run has {fingerprint}. "
                     "Choose another run.name, or go back to the settings that it was started with"
                 )
+            rows = self.head.rows
+            refuse_other_keys(path, f"head.{KEY}", self.identity_SL, rows.num_classes, rows.first_class, self.world)
             network = self.engine.tensors()
             tensors = self._tensors(network)
             storage.load(path, tensors, self.world)
@@ -65,13 +71,23 @@ class Checkpoints:
         return None
 
     def _tensors(self, network: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        head, classes = self.head, self.head.rows.num_classes
-        cut = {f"head.{name}": storage.class_rows(t, classes, self.world) for name, t in head.tensors().items()}
-        running = {f"margin.{name}": value.view(1) for name, value in head.margin.state().items()}
+        local = self.head.tensors() | {KEY: self.identity_SL}
+        classes = self.head.rows.num_classes
+        cut = {f"head.{name}": storage.class_rows(tensor, classes, self.world) for name, tensor in local.items()}
+        running = {f"margin.{name}": value.view(1) for name, value in self.head.margin.state().items()}
         return {f"net.{name}": tensor for name, tensor in network.items()} | cut | running
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
+
+    def _agreed_steps(self) -> list[int]:
+        """What the first rank sees: a shared file system may show it to others later."""
+        steps = self._steps() if self.world.is_first else []
+        count = all_reduce_max(torch.tensor([len(steps)], device=self.world.device), self.world)
+        listed = torch.full((int(count.item()),), -1, dtype=torch.int64)
+        listed[: len(steps)] = torch.tensor(steps, dtype=torch.int64)
+        agreed: list[int] = all_reduce_max(listed.to(self.world.device), self.world).tolist()
+        return agreed
 
     def _steps(self) -> list[int]:
         """Committed steps, newest first."""

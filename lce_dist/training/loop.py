@@ -19,6 +19,9 @@ from lce_dist.collectives import all_reduce_sum, gather_rows
 from lce_dist.config import Config
 from lce_dist.errors import RunError
 from lce_dist.head.build import build_head
+from lce_dist.head.classifier import known_rows
+from lce_dist.head.identity import identity_tensor
+from lce_dist.head.layer import ShardedHead
 from lce_dist.head.rows import initial_rows, local_classes
 from lce_dist.training.checkpoint import Checkpoints
 from lce_dist.training.engine import Engine
@@ -32,7 +35,11 @@ BatchSource = Callable[[int], AbstractContextManager[Iterator[Batch]]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One network to train: its name ("old", "new", "independent"), classes, steps and directory."""
+    """One network to train: its name ("old", "new", "independent"), classes, steps and directory.
+
+    identities: the keys of this rank's classes, in their order. start_from: a classifier that gives rows to
+    the identities that it knows.
+    """
 
     name: str
     num_classes: int
@@ -42,6 +49,20 @@ class Stage:
     directory: Path
     fingerprint: str
     mlflow_run_id: str | None
+    identities: tuple[str, ...]
+    start_from: Path | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a stage leaves beside its network: its head with settled rows, and whose they are.
+
+    images_per_s: of this call; 0 when nothing was left to do.
+    """
+
+    images_per_s: float
+    head: ShardedHead
+    identity_SL: torch.Tensor
 
 
 def train_stage(
@@ -53,18 +74,16 @@ def train_stage(
     hash_ids: Callable[[np.ndarray], str],
     world: World,
     report: Report,
-) -> float:
-    """Train ``net`` in place and return the images per second of this call (0 when nothing was left to do).
+) -> Trained:
+    """Train ``net`` in place; its head comes back with its rows settled.
 
     ``batches_from(step)`` yields the batches of steps ``step``, ``step + 1``, ... of the run.
-    Errors: RunError when the loss is not finite; no checkpoint is written from then on.
+    Errors: RunError when the loss is not finite; no checkpoint is written from then on. CheckpointError for
+    checkpoints or a classifier that do not fit.
     """
     optim = config.optim
-    weight_SD = None
-    if compat is not None and compat.config.rows_from_old:
-        first, last = local_classes(stage.num_classes, world)
-        length_S = initial_rows(first, last, stage.embedding_dim, stage.seed).norm(dim=1, keepdim=True)
-        weight_SD = compat.old_space.centre_SD * length_S.to(world.device)
+    identity_SL = identity_tensor(stage.identities, local_classes(stage.num_classes, world)[0], world)
+    weight_SD = _first_rows(stage, compat, identity_SL, world, report)
 
     def head_lr(step: int) -> float:
         return lr_at(step, stage.total_steps, optim.head_lr or optim.lr, optim.warmup_fraction)
@@ -81,7 +100,7 @@ def train_stage(
         weight_SD,
     )
     engine = Engine(net, optim, world)
-    checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head, world)
+    checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head, identity_SL, world)
 
     state = checkpoints.resume(stage.fingerprint, lambda text: report({"type": "warning", "text": text}))
     first_step = 0 if state is None else int(state["step"])
@@ -149,7 +168,37 @@ def train_stage(
     engine.average_buffers()
     if ids_log is not None:
         ids_log.close()
-    return meter.images_per_s
+    head.settle(stage.total_steps)
+    return Trained(meter.images_per_s, head, identity_SL)
+
+
+def _first_rows(
+    stage: Stage, compat: Compatibility | None, identity_SL: torch.Tensor, world: World, report: Report
+) -> torch.Tensor | None:
+    """Rows (S, D) to start with: a classifier's where it knows the identity, else old centres or seeded rows.
+
+    None means seeded rows alone.
+    """
+    from_old = compat is not None and compat.config.rows_from_old
+    if stage.start_from is None and not from_old:
+        return None
+    first, last = local_classes(stage.num_classes, world)
+    weight_SD = initial_rows(first, last, stage.embedding_dim, stage.seed).to(world.device)
+    if compat is not None and from_old:
+        weight_SD = compat.old_space.centre_SD * weight_SD.norm(dim=1, keepdim=True)
+    if stage.start_from is not None:
+        local_N, rows_ND = known_rows(stage.start_from, identity_SL, stage.embedding_dim, world)
+        weight_SD[local_N.to(world.device)] = rows_ND.to(world.device)
+        known = int(all_reduce_sum(torch.tensor([len(local_N)], device=world.device), world).item())
+        report(
+            {
+                "type": "rows_started",
+                "stage": stage.name,
+                "known_classes": known,
+                "other_classes": stage.num_classes - known,
+            }
+        )
+    return weight_SD
 
 
 class _Meter:
