@@ -5,6 +5,7 @@ Every function is the identity, or a plain sum, in a world of one, and then need
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,17 +49,22 @@ def sum_over_ranks(local: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def gather_rows(
-    rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World, wire: torch.dtype | None = None
+    rows_bD: torch.Tensor,
+    rows_per_rank: tuple[int, ...],
+    world: World,
+    wire: torch.dtype | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """(b, D) of every rank, in rank order, as (B, D); b may differ by rank and may be zero.
 
     ``wire``: format in which rows travel (and are rounded to, also in a world of one). Backward sums, over
-    ranks, the gradient that each rank holds for the own rows; gradients keep their format.
+    ranks, the gradient that each rank holds for the own rows; gradients keep their format. ``meanwhile``:
+    what to compute while they travel; not called in a world of one.
     **Collectives**: all-gather of W * max(b) * D values; backward one reduce-scatter of the same number.
     """
     if world.size == 1 and wire is None:
         return rows_bD
-    gathered: torch.Tensor = _GatherRows.apply(rows_bD, rows_per_rank, world, wire or rows_bD.dtype)
+    gathered: torch.Tensor = _GatherRows.apply(rows_bD, rows_per_rank, world, wire or rows_bD.dtype, meanwhile)
     return gathered
 
 
@@ -75,9 +81,14 @@ class _SumOverRanks(torch.autograd.Function):
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_bD: torch.Tensor, rows_per_rank: tuple[int, ...], world: World, wire: torch.dtype
+        ctx: Any,
+        rows_bD: torch.Tensor,
+        rows_per_rank: tuple[int, ...],
+        world: World,
+        wire: torch.dtype,
+        meanwhile: Callable[[], None] | None,
     ) -> torch.Tensor:
-        ctx.rows_per_rank, ctx.world = rows_per_rank, world
+        ctx.rows_per_rank, ctx.world, ctx.meanwhile = rows_per_rank, world, meanwhile
         if world.size == 1:
             return rows_bD.to(wire).to(rows_bD.dtype)
         most = max(rows_per_rank)
@@ -90,17 +101,20 @@ class _GatherRows(torch.autograd.Function):
         return gathered.to(rows_bD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         rows_per_rank, world = ctx.rows_per_rank, ctx.world
         if world.size == 1:
-            return grads[0], None, None, None
+            return grads[0], None, None, None, None
         most = max(rows_per_rank)
         grad = grads[0].contiguous()
         if min(rows_per_rank) != most:
             grad = torch.cat([_pad_rows(part, most) for part in grad.split(list(rows_per_rank))])
         own = grad.new_empty((most, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own, grad)
-        return own[: rows_per_rank[world.rank]], None, None, None
+        on_its_way = dist.reduce_scatter_tensor(own, grad, async_op=True)
+        if ctx.meanwhile is not None:
+            ctx.meanwhile()
+        on_its_way.wait()
+        return own[: rows_per_rank[world.rank]], None, None, None, None
 
 
 def _pad_rows(rows: torch.Tensor, num_rows: int) -> torch.Tensor:

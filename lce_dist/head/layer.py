@@ -138,16 +138,21 @@ class ShardedHead:
         self._extra.append((local_N, grad_ND))
 
     @torch.no_grad()
+    def update_early(self) -> None:
+        """Update the rows as soon as the last micro-batch's embeddings have their gradient, before ``step``.
+
+        For ``gather_rows``: the rows move while that gradient travels. The textbook form waits for ``step``.
+        """
+        if self.implementation == "chunked":
+            self._update_all()
+
+    @torch.no_grad()
     def step(self) -> torch.Tensor:
-        """Update the rows after the last backward; returns this shard's part of the alignment loss.
+        """End the step after the last backward, rows updated; returns this shard's part of the alignment loss.
 
         The rows' gradient is the sum over micro-batches, so their number changes nothing but rounding.
         """
-        if not self._updated:
-            for number, chunk in enumerate(self._chunks):
-                parts = [self._dense_gradient(weight_ND, chunk) for weight_ND in self._dense_rows]
-                parts += [micro.row_gradient(number, chunk) for micro in self._micro]
-                self._update(chunk, sum(parts[1:], start=parts[0]))
+        self._update_all()
         if self.sampling is not None and self._active_N is not None:
             if self.sampling.policy == "dense":
                 self._decay_others(self._active_N)
@@ -170,6 +175,15 @@ class ShardedHead:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The class-sharded tensors by name."""
         return self.rows.tensors()
+
+    def _update_all(self) -> None:
+        if self._updated:
+            return
+        for number, chunk in enumerate(self._chunks):
+            parts = [self._dense_gradient(weight_ND, chunk) for weight_ND in self._dense_rows]
+            parts += [micro.row_gradient(number, chunk) for micro in self._micro]
+            self._update(chunk, sum(parts[1:], start=parts[0]))
+        self._updated = True
 
     def _begin(self, active_N: torch.Tensor | None, drawn_N: torch.Tensor | None) -> None:
         self._active_N, self._drawn_N = active_N, drawn_N

@@ -48,7 +48,9 @@ class Compatibility:
 
 
 def train_step(engine: Engine, head: ShardedHead, batch: Batch, step: int, head_lr: float, world: World) -> LossTerms:
-    """Forward and backward of one global batch, in ``engine.accumulation`` micro-batches; no update of the network.
+    """Forward and backward of one global batch, in ``engine.accumulation`` micro-batches; the network is not updated.
+
+    The head's rows may be: while the embeddings' gradient travels.
 
     Each row weighs 1 / global rows whatever micro-batch and rank it is in, so the sum of the parts is the
     mean over the global batch. **Collectives**: labels are gathered once; a micro-batch gathers its
@@ -64,7 +66,9 @@ def train_step(engine: Engine, head: ShardedHead, batch: Batch, step: int, head_
         low, high = _part(batch.images.shape[0], part, parts)
         raw_bD = engine.embed(batch.images[low:high])
         norm_b = torch.linalg.vector_norm(raw_bD, dim=1)
-        emb_GD = gather_rows(raw_bD / norm_b.clamp_min(_SHORTEST)[:, None], rows_per_rank, world, wire)
+        unit_bD = raw_bD / norm_b.clamp_min(_SHORTEST)[:, None]
+        meanwhile = head.update_early if part == parts - 1 else None
+        emb_GD = gather_rows(unit_bD, rows_per_rank, world, wire, meanwhile)
         norm_G = gather_rows(norm_b, rows_per_rank, world) if head.margin.uses_norms else None
         part_G = _labels_of_part(labels_G, batch.rows_per_rank, part, parts)
         row_weight_G = emb_GD.new_full((emb_GD.shape[0],), 1.0 / batch.global_rows)

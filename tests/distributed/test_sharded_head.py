@@ -33,6 +33,7 @@ class Case:
     steps: int = 4
     anchored: bool = False
     kept: bool = True
+    early: bool = False
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=DECAY, momentum=0.9))
 
 
@@ -67,6 +68,8 @@ CASES = {
     "anchored": Case(arcface(scale=16.0), anchored=True, uneven=True),
     "three micro-batches": Case(arcface(scale=16.0), parts=3, anchored=True),
     "three micro-batches, recomputed": Case(arcface(scale=16.0), parts=3, kept=False),
+    "updated while gradients travel": Case(cosface(scale=16.0), early=True, anchored=True, uneven=True),
+    "three micro-batches, updated early, recomputed": Case(arcface(scale=16.0), parts=3, kept=False, early=True),
     "combined": Case(
         HeadConfig(loss="combined", margin_factor=1.2, margin_rad=0.2, margin_cos=0.1, scale=32.0, chunk_classes=4)
     ),
@@ -148,11 +151,12 @@ def sharded(world: World, case: Case) -> dict[str, list[torch.Tensor] | torch.Te
             for p in range(case.parts)
         ]
         grad = torch.zeros(rows[world.rank], DIM, dtype=torch.float64)
-        for part in parts:
+        for number, part in enumerate(parts):
             own = slice(*part[world.rank])
             counts = tuple(b - a for a, b in part)
             local = emb[own].clone().requires_grad_()
-            gathered = gather_rows(F.normalize(local), counts, world)
+            early = head.update_early if case.early and number == case.parts - 1 else None
+            gathered = gather_rows(F.normalize(local), counts, world, None, early)
             norms = gather_rows(local.norm(dim=1), counts, world) if head.margin.uses_norms else None
             order = torch.cat([torch.arange(a, b) for a, b in part])
             terms = head(gathered, y[order], row_weights[order], norms, only_micro_batch=case.parts == 1)
@@ -324,6 +328,55 @@ def test_a_step_sends_embeddings_in_16_bits_and_one_reduction_and_nothing_that_g
             ("all_reduce", 3 * 4 * batch),
             ("reduce_scatter_tensor", 4 * batch // 3 * DIM),  # the own rows' sums, float32
         ]
+
+
+def _in_flight(world: World) -> list[str]:
+    """What happens around the reduce-scatter of a step that keeps its exponentials."""
+    seen: list[str] = []
+    original = dist.reduce_scatter_tensor
+
+    class Watched:
+        def __init__(self, work: dist.Work) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            seen.append("waited for")
+            self.work.wait()
+
+    def watch(*args, **keys):
+        assert keys["async_op"]
+        seen.append("sent")
+        return Watched(original(*args, **keys))
+
+    case = Case(cosface())
+    head = build_head(case.head, case.optim, case.classes, DIM, SEED, world, lr_of)
+    assert head.settings.kept is not None
+    before = head.rows.weight.load(slice(None)).clone()
+
+    def update() -> None:
+        assert torch.equal(head.rows.weight.load(slice(None)), before)
+        head.update_early()
+        seen.append("rows moved" if not torch.equal(head.rows.weight.load(slice(None)), before) else "nothing moved")
+
+    labels = torch.arange(4 * world.size) % case.classes
+    local = torch.randn(4, DIM, requires_grad=True)
+    head.begin_step(0, labels, 0.1)
+    gathered = gather_rows(F.normalize(local), (4,) * world.size, world, None, update)
+    total = head(gathered, labels, torch.ones(len(labels)), only_micro_batch=True).total
+    try:
+        dist.reduce_scatter_tensor = watch
+        total.backward()
+    finally:
+        dist.reduce_scatter_tensor = original
+    moved = head.rows.weight.load(slice(None)).clone()
+    head.step()
+    assert torch.equal(head.rows.weight.load(slice(None)), moved)
+    return seen
+
+
+def test_rows_move_while_the_gradient_of_the_embeddings_travels(run_distributed):
+    for seen in run_distributed(_in_flight, 2):
+        assert seen == ["sent", "rows moved", "waited for"]
 
 
 def _poisoned(world: World, what: str) -> tuple[str, bool]:
