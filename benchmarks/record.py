@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "deepspeed", "ray", "nvidia-dali-cuda130", "webdataset", "mlflow", "pillow", "numpy")
+import torch
+
+_PACKAGES = ("torch", "triton", "deepspeed", "ray", "nvidia-dali-cuda130", "webdataset", "mlflow", "pillow", "numpy")
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,24 @@ def file_stem(benchmark: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, versions, commit and date."""
+    """Processor, cores, GPU, versions, commit and date."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": _cpu_name(),
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {package: _version(package) for package in _PACKAGES},
         "commit": commit.stdout.strip() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _cpu_name() -> str:

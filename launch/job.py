@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from launch.report import write_report
@@ -62,7 +63,9 @@ def run_job(job: Job, world: World, report: Report) -> None:
 
     old = _network(job, "old", config.old, old_view, None, world, report)
     space = _old_space(job, old, train_view, world, report)
-    compat = Compatibility(config.compat, space.to(world.device))
+    centres = torch.float16 if config.compat.centres == "fp16" else torch.float32
+    compat = Compatibility(config.compat, space.to(world.device, centres))
+    del space  # its float32 centres are not needed any more
     new = _network(job, "new", config.new, train_view, compat, world, report)
     nets = {"old": (old, config.old), "new": (new, config.new)}
     if job.with_independent:
@@ -159,7 +162,7 @@ def _save_classifier(
     old = None
     if compat is not None:
         space = compat.old_space
-        old = OldRows(space.centre_SD, space.cos_boundary_S, space.count_S)
+        old = OldRows(space.centre_SD.float(), space.cos_boundary_S, space.count_S)
     margin = config.head.model_dump(include={"loss", "scale", *MARGIN_KEYS[config.head.loss]})
     model = {**card, "head": margin}
     save_classifier(directory, trained.head.rows, trained.identity_SL, old, model, world)

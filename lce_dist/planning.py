@@ -494,8 +494,8 @@ def plan(
     )
     shape = head_shape(config, num_classes, machine, ranks)
     head, net = head_memory(shape), net_memory(new, config, machine, ranks)
-    # boundaries, and how many images each class has; the float32 centres stay beside a 16-bit copy
-    centres = (4.0 if config.compat.centres == "fp32" else 6.0) * float(shape.local) * shape.dim + 12.0 * shape.local
+    # boundaries, and how many images each class has
+    centres = (4.0 if config.compat.centres == "fp32" else 2.0) * float(shape.local) * shape.dim + 12.0 * shape.local
     memory = {
         **head,
         "old centres and boundaries": centres,

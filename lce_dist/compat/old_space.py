@@ -29,7 +29,7 @@ _NEVER_CROSSED = -1.0
 class OldSpace:
     """This rank's rows [first_class, last_class) of the artefact.
 
-    centre_SD: float32 unit rows. cos_boundary_S: float32, -1 (never crossed) for classes of one image.
+    centre_SD: float32 unit rows (float16 where a run asks for it, see ``to``). cos_boundary_S: float32, -1 (never crossed) for classes of one image.
     count_S: int64 images a class.
     """
 
@@ -39,9 +39,9 @@ class OldSpace:
     num_classes: int
     first_class: int
 
-    def to(self, device: torch.device) -> OldSpace:
+    def to(self, device: torch.device, centres: torch.dtype = torch.float32) -> OldSpace:
         return OldSpace(
-            self.centre_SD.to(device),
+            self.centre_SD.to(centres).to(device),
             self.cos_boundary_S.to(device),
             self.count_S.to(device),
             self.num_classes,

@@ -38,12 +38,10 @@ class Compatibility:
     old_space: OldSpace
 
     def anchor(self) -> OldAnchor:
-        """The old space as the head uses it; centres are stored once, in the config's format."""
-        config, centre_SD = self.config, self.old_space.centre_SD
-        if config.centres == "fp16":
-            centre_SD = centre_SD.half()
+        """The old space as the head uses it; nothing is copied."""
+        config, space = self.config, self.old_space
         return OldAnchor(
-            centre_SD, self.old_space.cos_boundary_S, config.align_weight, config.boundary_weight, config.boundary
+            space.centre_SD, space.cos_boundary_S, config.align_weight, config.boundary_weight, config.boundary
         )
 
 
