@@ -107,12 +107,15 @@ def test_any_number_of_ranks_sees_the_same_batches_and_a_net_without_batch_stati
     losses = {}
     for nodes in (1, 3):
         name = f"gn{nodes}"
-        code, output = workplace.run("train", "--config", "gn.toml", "--nodes", str(nodes), "--name", name)
+        often = ("--set", "tracking.every_steps=1")
+        code, output = workplace.run("train", "--config", "gn.toml", "--nodes", str(nodes), "--name", name, *often)
         assert code == 0, output
         losses[nodes] = workplace.losses(name, "old")
         # the order depends on seed, epoch and data alone: not on the ranks, and not on the network
         for stage in ("old", "new"):
             assert workplace.batch_ids(name, stage) == workplace.batch_ids("small", stage)
     assert losses[1].keys() == losses[3].keys()
-    assert list(losses[3].values()) == pytest.approx(list(losses[1].values()), rel=2e-3)
-    assert losses[1][1] == pytest.approx(losses[3][1], rel=1e-6)  # before rounding has had time to grow
+    assert len(losses[1]) == 20
+    for step, loss in losses[1].items():
+        # rounding alone, until it carries an input of a ReLU over zero: from then on the paths part
+        assert losses[3][step] == pytest.approx(loss, rel=1e-5 if step <= 3 else 5e-2)
