@@ -51,14 +51,17 @@ def training_plan(
         yield PlannedBatch(order.epoch_of(step), mine, rank_rows(len(positions), num_ranks))
 
 
-def block_plan(num_samples: int, rank: int, num_ranks: int, block_rows: int) -> Iterator[PlannedBatch]:
+def block_plan(
+    num_samples: int, rank: int, num_ranks: int, block_rows: int, first_sample: int = 0
+) -> Iterator[PlannedBatch]:
     """A pass over all samples in rounds: of round k, rank r takes block k * num_ranks + r.
 
+    first_sample: where to begin, a multiple of ``block_rows``.
     Blocks are cut the same whatever the number of ranks, so the same rows meet in the same matrix products.
     All ranks have as many rounds; in the last one some may have few rows or none.
     """
     blocks = -(-num_samples // block_rows)
-    for first in range(0, blocks, num_ranks):
+    for first in range(first_sample // block_rows, blocks, num_ranks):
         edges = [min(block * block_rows, num_samples) for block in range(first, first + num_ranks + 1)]
         rows = tuple(end - start for start, end in itertools.pairwise(edges))
         yield PlannedBatch(0, np.arange(edges[rank], edges[rank + 1], dtype=np.int64), rows)

@@ -25,6 +25,7 @@ class OldAnchor:
     """This shard's old centres (S, D), unit rows in any float format, and cosines of boundaries (S,).
 
     The head draws its rows to ``old_rows`` and keeps vectors inside the boundaries; see head/softmax.py.
+    class_weight_S: weight of each class in the alignment (None: all 1), as ``OldSpace.align_weight_S``.
     """
 
     centre_SD: torch.Tensor
@@ -32,6 +33,7 @@ class OldAnchor:
     align_weight: float
     boundary_weight: float
     kind: Literal["cos", "angle"]
+    class_weight_S: torch.Tensor | None = None
 
     def outside(self, emb_OD: torch.Tensor, local_O: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How far unit vectors lie outside their old classes (O,), and the gradient (O, D)."""
@@ -53,16 +55,26 @@ class OldAnchor:
         """(K, D) old centres of local classes."""
         return self.centre_SD[rows]
 
+    def class_weight(self, rows: slice | torch.Tensor) -> torch.Tensor | None:
+        """(K,) weights of local classes in the alignment; None where all are 1."""
+        return None if self.class_weight_S is None else self.class_weight_S[rows]
+
 
 def alignment_loss(
-    weight_SD: torch.Tensor, old_centre_SD: torch.Tensor, num_classes: int, world: World
+    weight_SD: torch.Tensor,
+    old_centre_SD: torch.Tensor,
+    num_classes: int,
+    world: World,
+    class_weight_S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over all classes of 1 - cos(class row, old centre); centres have unit rows.
+    """Mean over all classes of 1 - cos(class row, old centre), times a class's weight; centres have unit rows.
 
     **Collectives**: one all-reduce of one float.
     """
-    cos_S = (F.normalize(weight_SD) * old_centre_SD).sum(1)
-    return sum_over_ranks((1.0 - cos_S).sum() / num_classes, world)
+    apart_S = 1.0 - (F.normalize(weight_SD) * old_centre_SD).sum(1)
+    if class_weight_S is not None:
+        apart_S = apart_S * class_weight_S
+    return sum_over_ranks(apart_S.sum() / num_classes, world)
 
 
 def boundary_loss(
@@ -85,12 +97,16 @@ def boundary_loss(
     target_O = local_G[owned_O]
     cos_O = (emb_GD[owned_O] * old_centre_SD[target_O]).sum(1)
     bound_O = cos_boundary_S[target_O]
-    if kind == "cos":
-        outside_O = (bound_O - cos_O).clamp_min(0.0)
-    else:
-        outside_O = (_angle_rad(cos_O) - _angle_rad(bound_O)).clamp_min(0.0)
-        outside_O = torch.where(bound_O <= -1.0, torch.zeros_like(outside_O), outside_O)
+    outside_O = outside(bound_O, cos_O, kind)
     return sum_over_ranks((outside_O * row_weight_G[owned_O]).sum(), world)
+
+
+def outside(bound_O: torch.Tensor, cos_O: torch.Tensor, kind: Literal["cos", "angle"]) -> torch.Tensor:
+    """How far cosines (O,) lie beyond bounds (O,), in cosine or in radians; a bound of -1 is never crossed."""
+    if kind == "cos":
+        return (bound_O - cos_O).clamp_min(0.0)
+    outside_O = (_angle_rad(cos_O) - _angle_rad(bound_O)).clamp_min(0.0)
+    return torch.where(bound_O <= -1.0, torch.zeros_like(outside_O), outside_O)
 
 
 def _angle_rad(cos: torch.Tensor) -> torch.Tensor:

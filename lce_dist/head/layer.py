@@ -134,7 +134,7 @@ class ShardedHead:
     __call__ = forward
 
     def add_row_gradient(self, local_N: torch.Tensor, grad_ND: torch.Tensor) -> None:
-        """Add a gradient with respect to rows ``local_N`` (unique, active) to the step; before ``forward``."""
+        """Add a gradient with respect to rows ``local_N`` (unique, active) to the step, before rows are updated."""
         self._extra.append((local_N, grad_ND))
 
     @torch.no_grad()
@@ -261,6 +261,9 @@ class ShardedHead:
             if self._drawn_N is not None and self.sampling is not None:
                 # only drawn rows count, for all that were not: the expectation is the mean over all classes
                 share_K *= self._drawn_N[chunk.low : chunk.high].to(share_K.dtype) / self.sampling.rate
+            class_weight_K = self.anchor.class_weight(local)
+            if class_weight_K is not None:
+                share_K *= class_weight_K
             old_KD, align_K = self.anchor.old_rows(local), self.anchor.align_weight * share_K
         extra_KD = self._extra_of(chunk)
         if self.implementation == "dense":

@@ -46,6 +46,10 @@ class Anchor(Protocol):
         """(K, D) unit rows that the class rows are drawn to."""
         ...
 
+    def class_weight(self, rows: Rows) -> torch.Tensor | None:
+        """(K,) weights of classes in the alignment, 0 for those that take no part; None where all are 1."""
+        ...
+
 
 @dataclass(frozen=True)
 class Settings:

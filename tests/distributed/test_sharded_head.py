@@ -32,6 +32,7 @@ class Case:
     parts: int = 1
     steps: int = 4
     anchored: bool = False
+    apart: bool = False  # classes without a part in the alignment
     kept: bool = True
     early: bool = False
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=DECAY, momentum=0.9))
@@ -66,6 +67,10 @@ CASES = {
     "recomputed": Case(arcface(), kept=False),
     "recomputed, anchored": Case(cosface(scale=16.0), kept=False, anchored=True),
     "anchored": Case(arcface(scale=16.0), anchored=True, uneven=True),
+    "anchored, some classes apart": Case(arcface(scale=16.0), anchored=True, apart=True, uneven=True),
+    "sampled, anchored, some classes apart, recomputed": Case(
+        cosface(sample_rate=0.3, sample_policy="lazy", scale=16.0), classes=40, anchored=True, apart=True, kept=False
+    ),
     "three micro-batches": Case(arcface(scale=16.0), parts=3, anchored=True),
     "three micro-batches, recomputed": Case(arcface(scale=16.0), parts=3, kept=False),
     "updated while gradients travel": Case(cosface(scale=16.0), early=True, anchored=True, uneven=True),
@@ -118,6 +123,14 @@ def old_space(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     return centre, 2.0 * torch.rand(case.classes, generator=generator, dtype=torch.float64) - 0.5
 
 
+def class_weights(case: Case) -> torch.Tensor | None:
+    """Every third class has no part in the alignment, so that the others count for it."""
+    if not case.apart:
+        return None
+    takes_part = torch.arange(case.classes) % 3 != 1
+    return takes_part.double() * (case.classes / takes_part.sum())
+
+
 def rows_of(size: int, uneven: bool) -> tuple[int, ...]:
     if uneven and size > 1:
         return (*(1 for _ in range(size - 2)), ROWS - (size - 2), 0)  # one row a rank, the rest, and an empty rank
@@ -129,7 +142,9 @@ def float64_head(case: Case, world: World) -> ShardedHead:
     anchor = None
     if case.anchored:
         centre, bound = old_space(case)
-        anchor = OldAnchor(centre[first:last], bound[first:last], 3.0, 2.0, "cos")
+        weights = class_weights(case)
+        own = None if weights is None else weights[first:last]
+        anchor = OldAnchor(centre[first:last], bound[first:last], 3.0, 2.0, "cos", own)
     rows = initial_rows(first, last, DIM, SEED).double()
     head = build_head(case.head, case.optim, case.classes, DIM, SEED, world, lr_of, anchor, rows)
     kept = torch.float64 if case.kept else None
@@ -213,7 +228,10 @@ def textbook(case: Case) -> dict[str, object]:
             centre, bound = old_space(case)
             loss = loss + 2.0 * boundary_loss(F.normalize(emb), y, row_weights, centre, bound, 0, "cos", alone)
             count = case.classes * config.sample_rate
-            align = alignment_loss(weight[drawn], centre[drawn], count, alone)
+            weights = class_weights(case)
+            align = alignment_loss(
+                weight[drawn], centre[drawn], count, alone, None if weights is None else weights[drawn]
+            )
         (loss + 3.0 * align).backward()
         losses.append(loss.detach())
         grads.append(emb.grad)
