@@ -88,8 +88,13 @@ class Plan:
     judged: Problem
     rounds: int
     block_s: float  # a sample is the mean of as many steps as fit into this, at least one
-    most_classes_fused: int  # beyond, torch's fused loss takes a row or a few at a time: minutes a step
+    most_logits_fused: int  # beyond, torch's fused loss takes a row or a few at a time: minutes a step
     accuracy_classes: int
+
+    def rounds_of(self, problem: Problem) -> int:
+        """Three where a CPU needs half a minute a round."""
+        slow = self.device == "cpu" and problem.num_classes * problem.batch > 2e8
+        return 3 if slow else self.rounds
 
 
 def plan_of(quick: bool, on_cuda: bool) -> Plan:
@@ -106,7 +111,7 @@ def plan_of(quick: bool, on_cuda: bool) -> Plan:
             judged=sizes[-1],
             rounds=5 if quick else 9,
             block_s=0.2,
-            most_classes_fused=100_000,
+            most_logits_fused=100_000 * 4096,
             accuracy_classes=200_000,
         )
     names = (FLOOR, FLOOR_AGAIN, *OURS, REFERENCE, DATA_PARALLEL, TORCH_FUSED)
@@ -121,7 +126,7 @@ def plan_of(quick: bool, on_cuda: bool) -> Plan:
             judged=sizes[-1],
             rounds=5,
             block_s=0.05,
-            most_classes_fused=2_000,
+            most_logits_fused=2_000 * 256,
             accuracy_classes=20_000,
         )
     sizes = tuple(Problem(c, 256) for c in (10_000, 30_000, 100_000, 300_000, 1_000_000))
@@ -136,7 +141,7 @@ def plan_of(quick: bool, on_cuda: bool) -> Plan:
         judged=sizes[2],
         rounds=7,
         block_s=0.3,
-        most_classes_fused=30_000,
+        most_logits_fused=30_000 * 256,
         accuracy_classes=200_000,
     )
 
@@ -579,15 +584,15 @@ def take_times(plan: Plan, problem: Problem, memory_bytes: float, chunk_classes:
         need = problem.ranks * needed_bytes(name, problem)
         if reason is None and need > memory_bytes:
             reason = f"needs about {need / 1e9:.0f} GB, has {memory_bytes / 1e9:.0f}"
-        if reason is None and name == TORCH_FUSED and problem.num_classes > plan.most_classes_fused:
-            reason = f"not run beyond {plan.most_classes_fused:,} classes: it takes a row or a few at a time"
+        if reason is None and name == TORCH_FUSED and problem.num_classes * problem.batch > plan.most_logits_fused:
+            reason = f"not run beyond {plan.most_logits_fused:,} logits: it takes a row or a few at a time"
         if reason is None:
             present.append(name)
         else:
             skipped[name] = reason
     try:
         ((samples, failed, copy_rate), *_) = run_world(
-            problem.ranks, measure_times, tuple(present), problem, plan.rounds, plan.block_s, chunk_classes
+            problem.ranks, measure_times, tuple(present), problem, plan.rounds_of(problem), plan.block_s, chunk_classes
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]

@@ -146,12 +146,14 @@ def _grow(arguments: argparse.Namespace) -> None:
             planned = block_plan(len(view.sample_ids), 0, 1, _BLOCK_ROWS)
             done = 0
             with ImageStream(view, planned, int(made["image_size"]), None, 0, device) as stream:
+                seen: list[EmbeddedRows] = []
                 for rows in embed_batches(net, stream, card.dim):
                     done += rows.unit_bD.shape[0]
                     count("embedding", done, len(view.sample_ids))
                     if keep:
-                        kept.append(rows)
+                        seen.append(rows)
                     yield rows
+            kept[:] = seen
 
         space = compute_old_space(rounds, len(view.identities), card.dim, world)
         total = grow(

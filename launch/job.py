@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,14 @@ from torch import nn
 from launch.report import write_report
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
-from lce_dist.compat.old_space import OldSpace, compute_old_space, load_old_space, save_old_space
-from lce_dist.config import MARGIN_KEYS, Config, NetConfig
+from lce_dist.compat.boundaries import BoundaryPolicy
+from lce_dist.compat.methods import MethodInputs, build_method
+from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
+from lce_dist.config import MARGIN_KEYS, Config, DataConfig, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.evaluation.metrics import EmbeddingSet
 from lce_dist.head.classifier import OldRows, save_classifier
+from lce_dist.head.identity import identity_tensor
 from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
@@ -62,10 +66,9 @@ def run_job(job: Job, world: World, report: Report) -> None:
     old_view, train_view, test_view = (dataset.select(keys) for keys in (split.old, split.train, split.heldout))
 
     old = _network(job, "old", config.old, old_view, None, world, report)
-    space = _old_space(job, old, train_view, world, report)
-    centres = torch.float16 if config.compat.centres == "fp16" else torch.float32
-    compat = Compatibility(config.compat, space.to(world.device, centres))
-    del space  # its float32 centres are not needed any more
+    compat = None
+    if not config.compat.maps_only:
+        compat = _compatibility(job, old, train_view, world, report)
     new = _network(job, "new", config.new, train_view, compat, world, report)
     nets = {"old": (old, config.old), "new": (new, config.new)}
     if job.with_independent:
@@ -93,21 +96,53 @@ def run_job(job: Job, world: World, report: Report) -> None:
         report({"type": "stage_done", "stage": "evaluation"})
 
 
+def _compatibility(job: Job, old: nn.Module, view: View, world: World, report: Report) -> Compatibility:
+    """The method that the config names, over the old model's space."""
+    config = job.config
+    space = _old_space(job, old, view, world, report)
+    centres = torch.float16 if config.compat.centres == "fp16" else torch.float32
+    space = space.to(world.device, centres)
+    inputs = MethodInputs(
+        config=config.compat,
+        head=config.head,
+        space=space,
+        old_vectors=_embedded(job, old, config.old, view, world),
+        new_dim=config.new.embedding_dim,
+        old_dim=config.old.embedding_dim,
+        seed=_seed_of(config, "method"),
+        world=world,
+    )
+    method = build_method(config.compat.method, inputs)
+
+    def old_vectors(images: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
+        vectors: torch.Tensor = old(images)
+        return vectors
+
+    return Compatibility(method, space, old_vectors if method.uses_old_vectors else None)
+
+
+def _seed_of(config: Config, name: str) -> int:
+    return int(np.random.SeedSequence([config.run.seed, *name.encode()]).generate_state(1)[0])
+
+
 def _network(
     job: Job, name: str, section: NetConfig, view: View, compat: Compatibility | None, world: World, report: Report
 ) -> nn.Module:
     """The trained network of one stage: loaded when finished before (or given), trained to its end otherwise."""
     config = job.config
     directory = job.run_dir / name
-    seed = int(np.random.SeedSequence([config.run.seed, *name.encode()]).generate_state(1)[0])
+    seed = _seed_of(config, name)
     net = build_net(section.net, section.embedding_dim, config.data.image_size, seed)
     weights = directory / "model.safetensors"
     finished = directory / "done.json"
+    beside = compat.method if compat is not None and compat.method.state_dict() else None
     if section.weights is not None:
         load_weights(net, job.base_dir / section.weights)
         report({"type": "stage_skipped", "stage": name, "why": f"weights given: {section.weights}"})
     elif all_agree(finished.exists() and weights.exists(), world):
         load_weights(net, weights)
+        if beside is not None:
+            load_weights(beside, directory / "method.safetensors")
         report({"type": "stage_skipped", "stage": name, "why": "finished before"})
     else:
         plan = plan_stage(config, len(view.sample_ids), len(view.identities), section.epochs, world.size)
@@ -146,11 +181,15 @@ def _network(
         _save_classifier(directory / "classifier", trained, compat, config, card, world)
         if world.is_first:
             save_weights(net, weights, card)
+            if beside is not None:
+                save_weights(beside, directory / "method.safetensors", card)
             finished_partial = finished.with_suffix(".partial")
             finished_partial.write_text(json.dumps({"images_per_s": trained.images_per_s, "steps": plan.total_steps}))
             finished_partial.replace(finished)
         barrier(world)
         load_weights(net, weights)  # every rank goes on with the bytes that were published
+        if beside is not None:
+            load_weights(beside, directory / "method.safetensors")
         report({"type": "stage_done", "stage": name})
     return net.to(world.device).eval().requires_grad_(False)
 
@@ -169,43 +208,62 @@ def _save_classifier(
 
 
 def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Report) -> OldSpace:
-    """Centres and boundaries of the old model over the new training set, computed once for both fingerprints."""
-    dim, classes = job.config.old.embedding_dim, len(view.identities)
-    state = {"old_model": fingerprint(old), "data": view.fingerprint, "image_size": job.config.data.image_size}
-    key = "-".join(str(value)[:16] for value in state.values())
-    directory = job.cache_dir / f"old-space-{key}"
+    """Centres and boundaries of the old model over the new training set, computed once for their fingerprints."""
+    config, compat = job.config, job.config.compat
+    dim, classes = config.old.embedding_dim, len(view.identities)
+    first, last = local_classes(classes, world)
+    policy = BoundaryPolicy(compat.boundary_policy, compat.boundary_percentile, compat.slack_rad, compat.single_image)
+    state: dict[str, Any] = {"old_model": fingerprint(old), "data": view.fingerprint, **policy.describe()}
+    state["image_size"] = config.data.image_size
+    seen_S = None
+    if compat.seen_only:
+        seen = old_identities(config.data, view.dataset)
+        state["seen"] = hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest()
+        seen_S = torch.tensor([key in seen for key in view.identities[first:last]], device=world.device)
+    name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    directory = job.cache_dir / f"old-space-{name}"
+    identity_SL = identity_tensor(view.identities[first:last], first, world)
     report({"type": "stage_start", "stage": "centres", "total_steps": 1, "first_step": 0})
-    cached = load_old_space(directory, classes, dim, world)
+    cached = load_old_space(directory, classes, dim, world, identity_SL, state)
     if cached is not None:
         report({"type": "stage_skipped", "stage": "centres", "why": "cached for this old model and data"})
         return cached
-    rounds = _embedded(job, old, job.config.old, view, world)
-    space = compute_old_space(rounds, classes, dim, world)
-    save_old_space(space, directory, state, world)
+    rounds = _embedded(job, old, config.old, view, world)
+    partial = Partial(directory, config.checkpoint.every_rounds, state)
+    space = compute_old_space(rounds, classes, dim, world, policy, seen_S, partial)
+    save_old_space(space, directory, state, world, identity_SL)
     report({"type": "stage_done", "stage": "centres"})
     return space
+
+
+def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
+    """The identities of the old model's training set."""
+    split = split_identities(dataset.identities, config.heldout_identities, config.old_identities, config.split_seed)
+    return set(split.old)
 
 
 def _embedded(
     job: Job, net: nn.Module, section: NetConfig, view: View, world: World
 ) -> Callable[[], Iterator[EmbeddedRows]]:
-    """A pass over ``view`` that can be repeated; what fits in memory is computed once."""
+    """A pass over ``view`` that can be repeated, also from the middle; what fits in memory is computed once."""
     fits = len(view.sample_ids) * section.embedding_dim * 4 // world.size <= _CACHE_BYTES
     kept: list[EmbeddedRows] = []
 
-    def rounds() -> Iterator[EmbeddedRows]:
-        if kept:
+    def rounds(first_image: int = 0) -> Iterator[EmbeddedRows]:
+        if kept and first_image == 0:
             yield from kept
             return
-        planned = block_plan(len(view.sample_ids), world.rank, world.size, _BLOCK_ROWS)
+        planned = block_plan(len(view.sample_ids), world.rank, world.size, _BLOCK_ROWS, first_image)
         stream = ImageStream(
             view, planned, job.config.data.image_size, None, 0, world.device, job.config.cluster.reader_threads
         )
+        seen: list[EmbeddedRows] = []
         with stream:
             for rows in embed_batches(net, stream, section.embedding_dim):
-                if fits:
-                    kept.append(rows)
+                if fits and first_image == 0:
+                    seen.append(rows)
                 yield rows
+        kept[:] = seen  # a pass that was broken off leaves nothing
 
     return rounds
 

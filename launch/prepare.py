@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lce_dist.compat.methods import find_method
 from lce_dist.config import Config, DataConfig, SyntheticConfig
 from lce_dist.errors import ConfigError, DataError
 from lce_dist.head import classifier
@@ -91,6 +92,7 @@ def _short_hash(config: SyntheticConfig) -> str:
 
 def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path, progress: Progress) -> Prepared:
     """Make or open the data set, split it, and check everything that can be known before training."""
+    check_method(config)
     for section in (config.old, config.new):
         build_net(section.net, section.embedding_dim, config.data.image_size, seed=0)
     old_weights = None
@@ -126,6 +128,30 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
     return Prepared(dataset, split, plans, old_weights, first_rows)
+
+
+def check_method(config: Config) -> None:
+    """Refuse a method that is unknown, or cannot do what the mode asks. Errors: ConfigError."""
+    compat = config.compat
+    method = find_method(compat.method)
+    if compat.maps_only:
+        if compat.method != "lce":
+            raise ConfigError(
+                f"compat.method is {compat.method!r}, and compat.mode is {compat.mode!r}, in which no model is trained. "
+                "Remove compat.method; compat.bridge chooses the map"
+            )
+        return
+    if compat.seen_only and compat.method != "lce":
+        raise ConfigError(
+            f"compat.seen_only is true; compat.method {compat.method!r} has no such limit. Remove it, or use 'lce'"
+        )
+    manners = method.card.manners
+    if compat.manner not in manners:
+        modes = ", ".join(repr(f"training-{manner}") for manner in sorted(manners))
+        raise ConfigError(
+            f"compat.method {compat.method!r} has no manner {compat.manner!r}; compat.mode must be {modes}. "
+            "'lce' has all three"
+        )
 
 
 def in_mib(progress: Progress, what: str) -> Callable[[int, int], None]:

@@ -148,14 +148,82 @@ MARGIN_KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
-class CompatConfig(_Section):
-    """How the new space is tied to the old one (method.md section 3): LCE, direct manner."""
+Manner = Literal["direct", "backward", "forward"]
+BridgeKind = Literal["auto", "stacked", "linear", "mlp", "orthogonal", "procrustes", "least_squares"]
+MOST_MAPPED_CLASSES = 4096  # of a step, over all ranks, unless align_share says otherwise
 
+
+class CompatConfig(_Section):
+    """How the new space is tied to the old one: what is trained, in which manner, by which method.
+
+    mode: the new model is trained to be compatible (``training-``) or both exist and a map between them is fitted
+    (``mapping-``); ``direct`` compares vectors as they are, ``backward`` maps new queries into the old space,
+    ``forward`` maps the stored old vectors into the new one. ``preset`` gives keys that are not set other values.
+    """
+
+    mode: Literal[
+        "training-direct",
+        "training-backward",
+        "training-forward",
+        "mapping-direct",
+        "mapping-backward",
+        "mapping-forward",
+    ] = "training-direct"
+    method: str = "lce"
+    method_weight: Annotated[float, Field(ge=0.0)] | None = None
+    preset: Literal["default", "paper", "reference-code"] = "default"
     align_weight: Annotated[float, Field(ge=0.0)] = 10.0
     boundary_weight: Annotated[float, Field(ge=0.0)] = 10.0
     boundary: Literal["cos", "angle"] = "cos"
+    boundary_policy: Literal["max", "percentile", "iqr"] = "max"
+    boundary_percentile: Annotated[float, Field(gt=0.0, le=100.0)] = 95.0
+    slack_rad: Annotated[float, Field(ge=0.0, lt=3.15)] = 0.0
+    single_image: Literal["align_only", "slack"] = "align_only"
+    seen_only: bool = False
     rows_from_old: bool = False
     centres: Literal["fp32", "fp16"] = "fp32"
+    align_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    bridge: BridgeKind = "auto"
+    bridge_heldout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+
+    @model_validator(mode="after")
+    def _slack_for_single_images(self) -> CompatConfig:
+        if self.single_image == "slack" and self.slack_rad == 0.0:
+            raise ValueError(
+                "single_image is 'slack' and slack_rad is 0: classes of one image would have a boundary of no width. "
+                "Set slack_rad, or single_image to 'align_only'"
+            )
+        return self
+
+    @property
+    def manner(self) -> Manner:
+        """The second half of ``mode``."""
+        return self.mode.partition("-")[2]  # type: ignore[return-value]
+
+    @property
+    def maps_only(self) -> bool:
+        """Whether both models are frozen and a map alone is fitted."""
+        return self.mode.startswith("mapping-")
+
+    @property
+    def joint_bridge(self) -> Literal["stacked", "linear", "mlp", "orthogonal"]:
+        """The map that is trained with the network; closed forms cannot be, and are fitted afterwards."""
+        return self.bridge if self.bridge in ("stacked", "mlp", "orthogonal") else "linear"
+
+    def align_period(self, num_classes: int) -> int:
+        """In how many steps every class has its turn in an alignment through maps."""
+        if self.align_share is not None:
+            return max(1, round(1.0 / self.align_share))
+        return -(-num_classes // MOST_MAPPED_CLASSES)
+
+
+# What a preset says in place of the defaults; see docs/methods.md for where each differs from its source.
+PRESETS: dict[str, dict[str, object]] = {
+    "default": {},
+    "paper": {"boundary": "angle", "boundary_policy": "max", "bridge": "stacked"},
+    "reference-code": {"boundary": "cos", "boundary_policy": "max", "boundary_weight": 1.0, "bridge": "stacked"},
+}
+_REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)
 
 
 class OptimConfig(_Section):
@@ -192,7 +260,10 @@ class EvaluationConfig(_Section):
 
 
 class CheckpointConfig(_Section):
+    """How often a stage is saved: in steps; the measurement of the old space in rounds of 128 images a rank."""
+
     every_steps: Count = 100
+    every_rounds: Count = 2000
     keep: Annotated[int, Field(ge=2)] = 2
 
 
@@ -231,15 +302,35 @@ class Config(_Section):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        compat = values.get("compat") if isinstance(values, dict) else None
+        if not isinstance(compat, dict) or compat.get("preset") not in PRESETS:
+            return values
+        preset = dict(PRESETS[compat["preset"]])
+        if compat["preset"] == "reference-code":
+            new = values.get("new")
+            dim = new.get("embedding_dim", 512) if isinstance(new, dict) else 512
+            if isinstance(dim, int) and dim > 0:
+                preset["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / dim
+        return {**values, "compat": {**preset, **compat}}
+
     @model_validator(mode="after")
-    def _direct_needs_one_dimension(self) -> Config:
-        if self.old.embedding_dim != self.new.embedding_dim:
+    def _manner_fits_models(self) -> Config:
+        if self.compat.manner == "direct" and self.old.embedding_dim != self.new.embedding_dim:
             raise ValueError(
                 f"new.embedding_dim is {self.new.embedding_dim}; the direct manner compares new vectors with old ones, "
-                f"so it must equal old.embedding_dim ({self.old.embedding_dim})"
+                f"so it must equal old.embedding_dim ({self.old.embedding_dim}). For other dimensions set compat.mode to "
+                "'training-backward' or 'training-forward'"
             )
-        if self.new.weights is not None:
-            raise ValueError("new.weights is set; the new model is the one that is trained. Remove it")
+        if self.compat.rows_from_old and self.old.embedding_dim != self.new.embedding_dim:
+            raise ValueError("compat.rows_from_old is true; old centres fit new class rows in equal dimensions only")
+        if self.new.weights is not None and not self.compat.maps_only:
+            raise ValueError(
+                f"new.weights is set, and compat.mode is {self.compat.mode!r}, which trains the new model. Remove "
+                "new.weights, or set compat.mode to 'mapping-backward', 'mapping-forward' or 'mapping-direct'"
+            )
         return self
 
     def result_values(self) -> dict[str, Any]:

@@ -32,16 +32,25 @@ def rotating_subset(
 
 
 def transformed_alignment(
-    weight_ND: torch.Tensor, old_ND: torch.Tensor, old_to_new: Map, new_to_old: Map, num_classes: int, period: int
+    weight_ND: torch.Tensor,
+    old_ND: torch.Tensor,
+    old_to_new: Map,
+    new_to_old: Map,
+    num_classes: int,
+    period: int,
+    class_weight_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """This shard's part of the loss: half of 1 - cos(T12(old centre), row), half of 1 - cos(T21(row), old centre).
 
     weight_ND, old_ND: class rows (any length) and old centres (unit) of the rotating subset; dimensions may
-    differ. The sum over ranks, averaged over a cycle of ``period`` steps, is the mean over all classes.
+    differ. class_weight_N: weights with mean 1 over all classes (None: all 1). The sum over ranks, averaged over a cycle of ``period`` steps, is the mean over all classes.
     Differentiable in the rows and in the maps' parameters; the rows' gradient goes to
     ``ShardedHead.add_row_gradient``.
     """
     unit_ND = F.normalize(weight_ND)
     forward_N = (F.normalize(old_to_new(old_ND)) * unit_ND).sum(1)
     backward_N = (F.normalize(new_to_old(unit_ND)) * old_ND).sum(1)
-    return (1.0 - 0.5 * (forward_N + backward_N)).sum() * (period / num_classes)
+    apart_N = 1.0 - 0.5 * (forward_N + backward_N)
+    if class_weight_N is not None:
+        apart_N = apart_N * class_weight_N
+    return apart_N.sum() * (period / num_classes)

@@ -4,6 +4,7 @@ The door to deepspeed. Every scale factor between a mean and a sum lives here:
 
 * DeepSpeed *averages* the network's gradients over ranks, while each rank differentiates the same global
   loss, so the true gradient is the *sum*: the embeddings' gradient is multiplied by the number of ranks.
+* The gradients of parameters beside the network are multiplied by the number of ranks for the same reason.
 * ``engine.backward`` divides by the number of accumulation steps for every tensor in the graph, the
   head's rows included: the loss is multiplied by it first.
 """
@@ -30,11 +31,13 @@ MOST_IN_A_BUCKET = 50_000_000  # values: 200 MB, enough for a link to be busy
 class Engine:
     """A network under DeepSpeed, with SGD, ZeRO and precision from the config.
 
+    beside: a module of further parameters, used outside ``embed``; a rank's gradients of them are its parts of
+    the global loss's.
     ``embed`` -> loss -> ``backward`` (``accumulation`` times) -> ``step``. Stored state is keyed by
     parameter name in float32 (``tensors``), so it loads on any number of ranks and any ZeRO stage.
     """
 
-    def __init__(self, net: nn.Module, config: OptimConfig, world: World) -> None:
+    def __init__(self, net: nn.Module, config: OptimConfig, world: World, beside: nn.Module | None = None) -> None:
         if world.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))  # DeepSpeed insists; torchrun and Ray set it
@@ -48,18 +51,19 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
         self.world = world
-        self.net = net
+        alone = beside is None or not [*beside.parameters(), *beside.buffers()]
+        self.net = net if alone or beside is None else _Together(net, beside, world.size)
         self.accumulation = config.accumulation
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
         self._clip_norm = config.clip_norm
-        decayed = [p for p in net.parameters() if p.ndim > 1]
-        plain = [p for p in net.parameters() if p.ndim <= 1]
+        decayed = [p for p in self.net.parameters() if p.ndim > 1]
+        plain = [p for p in self.net.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         self._engine, *_ = deepspeed.initialize(
-            model=net.to(world.device),
+            model=self.net.to(world.device),
             optimizer=optimizer,
-            config=_settings(config, self.bf16, sum(p.numel() for p in net.parameters())),
+            config=_settings(config, self.bf16, sum(p.numel() for p in self.net.parameters())),
             dist_init_required=False,
         )
         self._prime()
@@ -160,6 +164,21 @@ class Engine:
             param.data.copy_(value)
         else:
             safe_set_full_optimizer_state(param, value, key)
+
+
+class _Together(nn.Module):
+    """The network, with a module whose parameters are trained beside it."""
+
+    def __init__(self, net: nn.Module, beside: nn.Module, num_ranks: int) -> None:
+        super().__init__()
+        self.net = net
+        self.beside = beside
+        for parameter in beside.parameters():
+            parameter.register_hook(lambda grad: grad * num_ranks)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = self.net(images)
+        return value
 
 
 class _ScaleGradient(torch.autograd.Function):

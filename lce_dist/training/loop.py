@@ -83,7 +83,8 @@ def train_stage(
     """
     optim = config.optim
     identity_SL = identity_tensor(stage.identities, local_classes(stage.num_classes, world)[0], world)
-    weight_SD = _first_rows(stage, compat, identity_SL, world, report)
+    rows_from_old = config.compat.rows_from_old
+    weight_SD = _first_rows(stage, compat if rows_from_old else None, identity_SL, world, report)
 
     def head_lr(step: int) -> float:
         return lr_at(step, stage.total_steps, optim.head_lr or optim.lr, optim.warmup_fraction)
@@ -96,10 +97,11 @@ def train_stage(
         stage.seed,
         world,
         head_lr,
-        compat.anchor() if compat is not None else None,
+        compat.method.anchor() if compat is not None else None,
         weight_SD,
     )
-    engine = Engine(net, optim, world)
+    method = compat.method.to(world.device) if compat is not None else None
+    engine = Engine(net, optim, world, method)
     checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head, identity_SL, world)
 
     state = checkpoints.resume(stage.fingerprint, lambda text: report({"type": "warning", "text": text}))
@@ -114,7 +116,7 @@ def train_stage(
         }
     )
     ids_log = _IdsLog(stage.directory / "batch_ids.tsv", first_step, hash_ids) if world.is_first else None
-    net.train()
+    engine.net.train()
     meter = _Meter()
     with batches_from(first_step) as batches:
         for step in range(first_step, stage.total_steps):
@@ -124,7 +126,7 @@ def train_stage(
             batch = next(batches)
             meter.work()
             lr = lr_at(step, stage.total_steps, optim.lr, optim.warmup_fraction)
-            terms = train_step(engine, head, batch, step, head_lr(step), world)
+            terms = train_step(engine, head, batch, step, head_lr(step), world, compat)
             net_norm = engine.step(lr)
             alignment = head.step()
             meter.images += batch.global_rows
@@ -136,10 +138,12 @@ def train_stage(
             if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
                 _check_finite(terms, stage.name, step)
                 metrics = _metrics(terms, lr, net_norm, meter)
-                if compat is not None:
+                if head.anchor is not None:
                     metrics["loss/alignment"] = float(all_reduce_sum(alignment, world))
                     metrics["loss/boundary"] = float(terms.boundary)
-                    metrics["loss/total"] += compat.config.align_weight * metrics["loss/alignment"]
+                    metrics["loss/total"] += head.anchor.align_weight * metrics["loss/alignment"]
+                if compat is not None and float(terms.method) != 0.0:
+                    metrics["loss/method"] = float(terms.method)
                 remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
                 report(
                     {
@@ -173,19 +177,18 @@ def train_stage(
 
 
 def _first_rows(
-    stage: Stage, compat: Compatibility | None, identity_SL: torch.Tensor, world: World, report: Report
+    stage: Stage, from_old: Compatibility | None, identity_SL: torch.Tensor, world: World, report: Report
 ) -> torch.Tensor | None:
     """Rows (S, D) to start with: a classifier's where it knows the identity, else old centres or seeded rows.
 
     None means seeded rows alone.
     """
-    from_old = compat is not None and compat.config.rows_from_old
-    if stage.start_from is None and not from_old:
+    if stage.start_from is None and from_old is None:
         return None
     first, last = local_classes(stage.num_classes, world)
     weight_SD = initial_rows(first, last, stage.embedding_dim, stage.seed).to(world.device)
-    if compat is not None and from_old:
-        weight_SD = compat.old_space.centre_SD * weight_SD.norm(dim=1, keepdim=True)
+    if from_old is not None:
+        weight_SD = from_old.old_space.centre_SD * weight_SD.norm(dim=1, keepdim=True)
     if stage.start_from is not None:
         local_N, rows_ND = known_rows(stage.start_from, identity_SL, stage.embedding_dim, world)
         weight_SD[local_N.to(world.device)] = rows_ND.to(world.device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_reduce_sum
+from lce_dist.compat.methods.lce import Lce
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
 from lce_dist.head.build import build_head
@@ -19,7 +20,7 @@ from lce_dist.head.margins import CosFace
 from lce_dist.head.rows import initial_rows
 from lce_dist.training.checkpoint import Checkpoints
 from lce_dist.training.engine import Engine
-from lce_dist.training.step import Compatibility, train_step
+from lce_dist.training.step import train_step
 from lce_dist.world import World, shard_bounds
 
 CLASSES, DIM, ROWS = 9, 4, 12
@@ -47,10 +48,10 @@ def parts_of(world: World, optim: OptimConfig, head_config: HeadConfig) -> tuple
     own = slice(low, low + rows[world.rank])
     first, last = shard_bounds(CLASSES, world.rank, world.size)
     space = OldSpace(centres[first:last], bound[first:last], torch.ones(last - first), CLASSES, first)
-    anchor = Compatibility(COMPAT, space).anchor()
-    head = build_head(head_config, optim, CLASSES, DIM, 7, world, lambda step: 0.2, anchor)
+    method = Lce("direct", COMPAT, space, None, None, 3)
+    head = build_head(head_config, optim, CLASSES, DIM, 7, world, lambda step: 0.2, method.anchor())
     batch = Batch(images[own], labels[own], torch.arange(own.start, own.stop), rows)
-    return Engine(net(), optim, world), head, batch
+    return Engine(net(), optim, world, method), head, batch
 
 
 def train(

@@ -1,0 +1,158 @@
+"""LCE as a method: directly through the head's own passes, or through learned maps between the spaces.
+
+Direct: class rows are drawn to old centres, new vectors stay inside the old classes' boundaries (compat/lce.py). With
+maps: rows and centres are aligned through T12 and T21, half each; backward keeps T21(new vector) inside the old boundary;
+forward keeps T12(old vector) as near to its new class row as the new vector of the same image is.
+**Source**: Meng et al., "Learning Compatible Embeddings", ICCV 2021 (arXiv 2108.01958).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lce_dist.collectives import gather_rows, sum_over_ranks
+from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
+from lce_dist.compat.method import Card, Method, MethodBatch, RowTerms
+from lce_dist.compat.old_space import OldSpace
+from lce_dist.compat.transformed import rotating_subset, transformed_alignment
+from lce_dist.config import CompatConfig, Manner
+from lce_dist.head.layer import ShardedHead
+from lce_dist.head.sampling import drawn_flags
+
+if TYPE_CHECKING:
+    from lce_dist.compat.methods import MethodInputs
+
+
+class Lce(Method):
+    """Learning Compatible Embeddings; ``forth`` is T12 (old to new), ``back`` is T21 (new to old)."""
+
+    card = Card(
+        "LCE: class centres aligned, new classes inside the old classes' boundaries",
+        "Meng et al., Learning Compatible Embeddings, ICCV 2021, arXiv 2108.01958",
+        frozenset({"centres"}),
+        frozenset({"direct", "backward", "forward"}),
+        "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks; nothing a image. Direct: inside the head's own "
+        "passes. With maps: two maps of at most 4,096 classes a step, and forward the old vectors of the batch",
+    )
+
+    def __init__(
+        self,
+        manner: Manner,
+        config: CompatConfig,
+        space: OldSpace,
+        forth: nn.Module | None,
+        back: nn.Module | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.manner = manner
+        self.forth, self.back = forth, back
+        self._config = config
+        self._space = space
+        self._seed = seed
+        self._period = config.align_period(space.num_classes)
+
+    @classmethod
+    def build(cls, inputs: MethodInputs) -> Lce:
+        """From the config's section; maps only where the manner has them."""
+        from lce_dist.compat.bridges import build_bridge
+
+        config, manner = inputs.config, inputs.config.manner
+        forth = back = None
+        if manner != "direct":
+            forth = build_bridge(config.joint_bridge, inputs.old_dim, inputs.new_dim, inputs.seed)
+            back = build_bridge(config.joint_bridge, inputs.new_dim, inputs.old_dim, inputs.seed + 1)
+        return cls(manner, config, inputs.space, forth, back, inputs.seed)
+
+    @property
+    def uses_old_vectors(self) -> bool:
+        return self.manner == "forward" and self._config.boundary_weight > 0.0
+
+    def anchor(self) -> OldAnchor | None:
+        if self.manner != "direct":
+            return None
+        config, space = self._config, self._space
+        return OldAnchor(
+            space.centre_SD,
+            space.cos_boundary_S,
+            config.align_weight,
+            config.boundary_weight,
+            config.boundary,
+            space.align_weight_S,
+        )
+
+    def row_terms(self, head: ShardedHead, step: int) -> RowTerms | None:
+        if self.forth is None or self.back is None or self._config.align_weight == 0.0:
+            return None
+        rows, space, period = head.rows, self._space, self._period
+        device = rows.inv_norm_S.device
+        local_N = rotating_subset(self._seed, step, period, rows.first_class, rows.last_class, device)
+        share = 1.0
+        if head.sampling is not None:  # drawn rows alone move, for all that were not
+            share = head.sampling.rate
+            drawn_S = drawn_flags(head.sampling.seed, step, share, rows.first_class, rows.last_class, device)
+            local_N = local_N[drawn_S[local_N]]
+        weight_ND = rows.weight.load(local_N).detach().clone().requires_grad_()
+        old_ND = space.centre_SD[local_N].to(weight_ND.dtype)
+        forth, back = self.forth, self.back
+        aligned = transformed_alignment(
+            weight_ND,
+            old_ND,
+            lambda old: mapped(forth, old),
+            lambda new: mapped(back, new),
+            space.num_classes,
+            period,
+            None if space.align_weight_S is None else space.align_weight_S[local_N],
+        )
+        weight = self._config.align_weight / share
+        return RowTerms(sum_over_ranks(weight * aligned, head.world), local_N, weight_ND)
+
+    def loss(self, batch: MethodBatch) -> torch.Tensor | None:
+        config, space = self._config, self._space
+        if config.boundary_weight == 0.0:
+            return None
+        if self.manner == "backward" and self.back is not None:
+            seen_bE = F.normalize(mapped(self.back, batch.new_bD))
+            seen_GE = gather_rows(seen_bE, batch.rows_per_rank, batch.world)
+            centre_SE = space.centre_SD.to(seen_GE.dtype)
+            terms = (seen_GE, batch.labels_G, batch.weight_G, centre_SE, space.cos_boundary_S, space.first_class)
+            return config.boundary_weight * boundary_loss(*terms, config.boundary, batch.world)
+        if self.manner == "forward" and self.forth is not None and batch.old_bE is not None:
+            seen_bD = F.normalize(mapped(self.forth, batch.old_bE))
+            seen_GD = gather_rows(seen_bD, batch.rows_per_rank, batch.world)
+            return config.boundary_weight * self._outside_new_cones(seen_GD, batch)
+        return None
+
+    def maps(self) -> dict[Literal["new_to_old", "old_to_new"], nn.Module]:
+        if self.forth is None or self.back is None:
+            return {}
+        return {"new_to_old": self.back, "old_to_new": self.forth}
+
+    def _outside_new_cones(self, seen_GD: torch.Tensor, batch: MethodBatch) -> torch.Tensor:
+        """How much farther than the new vector of its image a mapped old vector is from the new class row."""
+        rows = batch.head.rows
+        local_G = batch.labels_G - rows.first_class
+        owned_O = torch.nonzero((local_G >= 0) & (local_G < rows.num_local)).squeeze(1)
+        row_OD = rows.unit(local_G[owned_O]).to(seen_GD.dtype)
+        bound_O = (batch.new_GD[owned_O].detach() * row_OD).sum(1)
+        outside_O = outside(bound_O, (seen_GD[owned_O] * row_OD).sum(1), self._config.boundary)
+        return sum_over_ranks((outside_O * batch.weight_G[owned_O]).sum(), batch.world)
+
+
+def mapped(bridge: nn.Module, rows_ND: torch.Tensor) -> torch.Tensor:
+    """``bridge`` of any number of rows: batch norms need two; with none its parameters still get a gradient of zero."""
+    if rows_ND.shape[0] == 1:
+        pair: torch.Tensor = bridge(rows_ND.expand(2, -1))
+        return pair[:1]
+    if rows_ND.shape[0] == 0:
+        was_training = bridge.training
+        bridge.eval()
+        nothing: torch.Tensor = bridge(rows_ND)
+        bridge.train(was_training)
+        return nothing
+    value: torch.Tensor = bridge(rows_ND)
+    return value
