@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch.head_cli import add_head_commands
+from launch.methods_cli import add_methods_command
 from lce_dist.config import Config, SyntheticConfig, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
 
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     add_head_commands(commands)
+    add_methods_command(commands)
 
     data = commands.add_parser("data", help="pack, draw and look at data sets").add_subparsers(
         required=True, metavar="ACTION"

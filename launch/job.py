@@ -12,21 +12,25 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from launch.bridge import bridge_stage, read_card, some_identities
+from launch.prepare import open_old_model
 from launch.report import write_report
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.boundaries import BoundaryPolicy
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
-from lce_dist.config import MARGIN_KEYS, Config, DataConfig, NetConfig
+from lce_dist.config import MARGIN_KEYS, Config, DataConfig, Manner, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.evaluation.metrics import EmbeddingSet
 from lce_dist.head.classifier import OldRows, save_classifier
 from lce_dist.head.identity import identity_tensor
 from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
+from lce_dist.models.old_model import FrozenModel
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
 from lce_dist.training.loop import Report, Stage, Trained, train_stage
 from lce_dist.training.plan import plan_stage
@@ -65,20 +69,44 @@ def run_job(job: Job, world: World, report: Report) -> None:
     )
     old_view, train_view, test_view = (dataset.select(keys) for keys in (split.old, split.train, split.heldout))
 
-    old = _network(job, "old", config.old, old_view, None, world, report)
+    old: nn.Module
+    if config.old.weights is not None:
+        old = open_old_model(config, job.base_dir, world.device)
+        report({"type": "stage_skipped", "stage": "old", "why": f"weights given: {config.old.weights}"})
+    else:
+        assert config.old.net is not None, "the config was checked"
+        section = NetConfig(net=config.old.net, embedding_dim=config.old.embedding_dim, epochs=config.old.epochs)
+        old = _network(job, "old", section, old_view, None, world, report)
     compat = None
     if not config.compat.maps_only:
         compat = _compatibility(job, old, train_view, world, report)
     new = _network(job, "new", config.new, train_view, compat, world, report)
-    nets = {"old": (old, config.old), "new": (new, config.new)}
+    nets = {"old": (old, config.old.embedding_dim), "new": (new, config.new.embedding_dim)}
+    bridge = None
+    if config.compat.maps_only or config.compat.manner != "direct":
+        some = dataset.select(some_identities(train_view, config.run.seed))
+        bridge = bridge_stage(
+            job.run_dir / "bridge",
+            config.compat,
+            _embedded(job, new, config.new.embedding_dim, some, world),
+            _embedded(job, old, config.old.embedding_dim, some, world),
+            {str(way): found for way, found in compat.method.maps().items()} if compat is not None else {},
+            _seed_of(config, "bridge"),
+            job.fingerprint,
+            world,
+            report,
+        )
+        if config.compat.manner == "direct":  # a rotation of the new model, part of it from here on
+            new = nn.Sequential(new, bridge)
+            nets["new"] = (new, config.new.embedding_dim)
     if job.with_independent:
         independent = _network(job, "independent", config.new, train_view, None, world, report)
-        nets["independent"] = (independent, config.new)
+        nets["independent"] = (independent, config.new.embedding_dim)
 
     report({"type": "stage_start", "stage": "evaluation", "total_steps": len(nets), "first_step": 0})
     sets: dict[str, EmbeddingSet] = {}
-    for done, (name, (net, section)) in enumerate(nets.items(), 1):
-        rounds = _embedded(job, net, section, test_view, world)
+    for done, (name, (net, dim)) in enumerate(nets.items(), 1):
+        rounds = _embedded(job, net, dim, test_view, world)
         vectors, labels, ids = gather_all(rounds(), world)
         sets[name] = EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
         report(
@@ -92,8 +120,27 @@ def run_job(job: Job, world: World, report: Report) -> None:
             }
         )
     if world.is_first:
-        write_report(job.run_dir, config, job.fingerprint, sets, _read_speeds(job.run_dir), world)
+        crossing = _crossing(sets, bridge, config.compat.manner)
+        card = None if bridge is None else read_card(job.run_dir / "bridge")
+        write_report(job.run_dir, config, job.fingerprint, sets, _read_speeds(job.run_dir), world, card, crossing)
         report({"type": "stage_done", "stage": "evaluation"})
+
+
+def _crossing(
+    sets: dict[str, EmbeddingSet], bridge: nn.Module | None, manner: Manner
+) -> tuple[EmbeddingSet, EmbeddingSet] | None:
+    """Query and gallery of the cross-test, one of them through the map."""
+    if bridge is None or manner == "direct":
+        return None
+
+    @torch.no_grad()
+    def through(one: EmbeddingSet) -> EmbeddingSet:
+        mapped = F.normalize(bridge.cpu()(torch.from_numpy(one.vectors_ND)))
+        return EmbeddingSet(f"{one.name} mapped", mapped.numpy(), one.labels_N, one.sample_ids_N)
+
+    if manner == "backward":
+        return through(sets["new"]), sets["old"]
+    return sets["new"], through(sets["old"])
 
 
 def _compatibility(job: Job, old: nn.Module, view: View, world: World, report: Report) -> Compatibility:
@@ -106,7 +153,7 @@ def _compatibility(job: Job, old: nn.Module, view: View, world: World, report: R
         config=config.compat,
         head=config.head,
         space=space,
-        old_vectors=_embedded(job, old, config.old, view, world),
+        old_vectors=_embedded(job, old, config.old.embedding_dim, view, world),
         new_dim=config.new.embedding_dim,
         old_dim=config.old.embedding_dim,
         seed=_seed_of(config, "method"),
@@ -213,7 +260,7 @@ def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Repor
     dim, classes = config.old.embedding_dim, len(view.identities)
     first, last = local_classes(classes, world)
     policy = BoundaryPolicy(compat.boundary_policy, compat.boundary_percentile, compat.slack_rad, compat.single_image)
-    state: dict[str, Any] = {"old_model": fingerprint(old), "data": view.fingerprint, **policy.describe()}
+    state: dict[str, Any] = {"old_model": _fingerprint_of(old), "data": view.fingerprint, **policy.describe()}
     state["image_size"] = config.data.image_size
     seen_S = None
     if compat.seen_only:
@@ -228,12 +275,16 @@ def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Repor
     if cached is not None:
         report({"type": "stage_skipped", "stage": "centres", "why": "cached for this old model and data"})
         return cached
-    rounds = _embedded(job, old, config.old, view, world)
+    rounds = _embedded(job, old, dim, view, world)
     partial = Partial(directory, config.checkpoint.every_rounds, state)
     space = compute_old_space(rounds, classes, dim, world, policy, seen_S, partial)
     save_old_space(space, directory, state, world, identity_SL)
     report({"type": "stage_done", "stage": "centres"})
     return space
+
+
+def _fingerprint_of(old: nn.Module) -> str:
+    return old.fingerprint if isinstance(old, FrozenModel) else fingerprint(old)
 
 
 def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
@@ -242,11 +293,9 @@ def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
     return set(split.old)
 
 
-def _embedded(
-    job: Job, net: nn.Module, section: NetConfig, view: View, world: World
-) -> Callable[[], Iterator[EmbeddedRows]]:
+def _embedded(job: Job, net: nn.Module, dim: int, view: View, world: World) -> Callable[[], Iterator[EmbeddedRows]]:
     """A pass over ``view`` that can be repeated, also from the middle; what fits in memory is computed once."""
-    fits = len(view.sample_ids) * section.embedding_dim * 4 // world.size <= _CACHE_BYTES
+    fits = len(view.sample_ids) * dim * 4 // world.size <= _CACHE_BYTES
     kept: list[EmbeddedRows] = []
 
     def rounds(first_image: int = 0) -> Iterator[EmbeddedRows]:
@@ -259,7 +308,7 @@ def _embedded(
         )
         seen: list[EmbeddedRows] = []
         with stream:
-            for rows in embed_batches(net, stream, section.embedding_dim):
+            for rows in embed_batches(net, stream, dim):
                 if fits and first_image == 0:
                     seen.append(rows)
                 yield rows

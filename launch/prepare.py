@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lce_dist.compat.methods import find_method
-from lce_dist.config import Config, DataConfig, SyntheticConfig
+from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
 from lce_dist.errors import ConfigError, DataError
 from lce_dist.head import classifier
 from lce_dist.models.catalog import build_net
+from lce_dist.models.old_model import FrozenModel, ModelFile, open_model
+from lce_dist.models.preprocess import InputSpec
 from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
 from pipelines.manifest import IdentitySplit, PackedDataset, split_identities
@@ -37,12 +40,13 @@ class Prepared:
     dataset: PackedDataset
     split: IdentitySplit
     plans: dict[str, StagePlan]
-    old_weights: str | None  # fingerprint
+    old_weights: str | None  # fingerprint of weights and preprocessing
+    new_weights: str | None  # fingerprint
     first_rows: str | None  # fingerprint of head.start_from
 
     def identity(self, config: Config) -> dict[str, object]:
         """All that the run's results depend on: settings, data, given weights and rows."""
-        given = {"old_weights": self.old_weights, "first_rows": self.first_rows}
+        given = {"old_weights": self.old_weights, "new_weights": self.new_weights, "first_rows": self.first_rows}
         return {**config.result_values(), "data_content": self.dataset.fingerprint, **given}
 
 
@@ -93,13 +97,16 @@ def _short_hash(config: SyntheticConfig) -> str:
 def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path, progress: Progress) -> Prepared:
     """Make or open the data set, split it, and check everything that can be known before training."""
     check_method(config)
-    for section in (config.old, config.new):
-        build_net(section.net, section.embedding_dim, config.data.image_size, seed=0)
+    net = build_net(config.new.net, config.new.embedding_dim, config.data.image_size, seed=0)
+    new_weights = None
+    if config.new.weights is not None:
+        load_weights(net, Path(config.new.weights))
+        new_weights = fingerprint(net)
     old_weights = None
     if config.old.weights is not None:
-        old = build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
-        load_weights(old, Path(config.old.weights))
-        old_weights = fingerprint(old)
+        old_weights = open_old_model(config, Path(), torch.device("cpu")).fingerprint
+    elif config.old.net is not None:
+        build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
     first_rows = None
     if config.head.start_from is not None:
         card = classifier.read_card(Path(config.head.start_from))
@@ -120,6 +127,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             "identity. Raise data.heldout_identities, change data.split_seed, or bring more images"
         )
     plans: dict[str, StagePlan] = {}
+    networks: dict[str, tuple[tuple[str, ...], OldConfig | NetConfig]]
     networks = {"old": (split.old, config.old), "new": (split.train, config.new)}
     if with_independent:
         networks["independent"] = (split.train, config.new)
@@ -127,7 +135,16 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         if section.weights is None:
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
-    return Prepared(dataset, split, plans, old_weights, first_rows)
+    return Prepared(dataset, split, plans, old_weights, new_weights, first_rows)
+
+
+def open_old_model(config: Config, base_dir: Path, device: torch.device) -> FrozenModel:
+    """The old model that the config names as a file; a dimension that does not fit is an error."""
+    old = config.old
+    assert old.weights is not None
+    seen = InputSpec(old.input.size, old.input.channels, old.input.mean, old.input.std, old.input.flip_average)
+    file = ModelFile(base_dir / old.weights, old.net, old.embedding_dim, seen)
+    return open_model(file, config.data.image_size, device)
 
 
 def check_method(config: Config) -> None:

@@ -83,6 +83,8 @@ class RunProgress:
         elif kind == "rows_started":
             known, others = event["known_classes"], event["other_classes"]
             self.note(f"{name}: rows of {known:,} identities as given by head.start_from, {others:,} drawn")
+        elif kind == "note":
+            self.note(event["text"])
         elif kind == "stage_skipped":
             self.note(f"{name}: {event['why']}")
             if name in self._tasks:

@@ -30,14 +30,19 @@ def write_report(
     sets: dict[str, EmbeddingSet],
     images_per_s: dict[str, float],
     world: World,
+    bridge: dict[str, Any] | None = None,
+    crossing: tuple[EmbeddingSet, EmbeddingSet] | None = None,
 ) -> None:
-    """Score every pair of models, write ``report.json`` (last, atomically) and ``figures/*.png``."""
+    """Score every pair of models (new against old by ``crossing``, through the map ``bridge``), write ``report.json`` (last, atomically) and ``figures/*.png``."""
     evaluation = config.evaluation
-    matrix = build_matrix(sets["old"], sets["new"], sets.get("independent"), evaluation.fars)
+    matrix = build_matrix(sets["old"], sets["new"], sets.get("independent"), evaluation.fars, crossing)
     verdict = criterion(matrix, evaluation.criterion_far)
     entries = report_entries(matrix)
     report: dict[str, Any] = {
         **entries,
+        "mode": config.compat.mode,
+        "method": None if config.compat.maps_only else config.compat.method,
+        "bridge": bridge,
         "criterion_met": verdict.met,
         "criterion_far": evaluation.criterion_far,
         "reasons": list(verdict.reasons),
@@ -67,7 +72,9 @@ def result_table(report: dict[str, Any]) -> Table:
     for far in fars:
         table.add_column(f"TAR at FAR {far}", justify="right")
     table.add_column("rank-1", justify="right")
-    for key, title in _TITLES.items():
+    through = {"training-backward": "M(T21 new, old)", "training-forward": "M(new, T12 old)"}
+    through |= {"mapping-backward": "M(T21 new, old)", "mapping-forward": "M(new, T12 old)"}
+    for key, title in (_TITLES | {"new_old": through.get(report["mode"], _TITLES["new_old"])}).items():
         if key in report:
             entry = report[key]
             table.add_row(title, *(f"{entry['tar_at_far'][far]:.3f}" for far in fars), f"{entry['rank1']:.3f}")

@@ -119,11 +119,14 @@ def _absolute(config: Config) -> Config:
     old = config.old
     if old.weights is not None:
         old = old.model_copy(update={"weights": str(Path(old.weights).resolve())})
+    new = config.new
+    if new.weights is not None:
+        new = new.model_copy(update={"weights": str(Path(new.weights).resolve())})
     head = config.head
     if head.start_from is not None:
         head = head.model_copy(update={"start_from": str(Path(head.start_from).resolve())})
     data = config.data.model_copy(update=paths)
-    return config.model_copy(update={"run": run, "data": data, "old": old, "head": head})
+    return config.model_copy(update={"run": run, "data": data, "old": old, "new": new, "head": head})
 
 
 def _first_line(error: object) -> str:

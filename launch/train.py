@@ -281,7 +281,7 @@ def _description(report: dict[str, Any], config: Config) -> str:
         for key, query, gallery in (("old_old", "old", "old"), ("new_old", "new", "old"), ("new_new", "new", "new"))
     ]
     verdict = "**met**" if report["criterion_met"] else "**not met**"
-    head = f"Upgrade `{config.old.net}` to `{config.new.net}`: the compatibility criterion is {verdict}."
+    head = f"Upgrade `{config.old.net or config.old.weights}` to `{config.new.net}`: the compatibility criterion is {verdict}."
     table = [f"| query model | gallery model | TAR at FAR {far} | rank-1 |", "|---|---|---|---|", *rows]
     return "\n".join([head, "", *table, "", *report["reasons"]])
 

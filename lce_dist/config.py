@@ -90,6 +90,46 @@ class NetConfig(_Section):
     weights: str | None = None
 
 
+class InputConfig(_Section):
+    """What a model from a file expects to see; the default is what our own networks get.
+
+    size: pixels a side (None: data.image_size). mean, std: of pixel values 0 to 255, per channel in the order of
+    ``channels``. flip_average: the vector is the mean of the unit vectors of image and mirror.
+    """
+
+    size: Annotated[int, Field(ge=16, le=1024)] | None = None
+    channels: Literal["rgb", "bgr"] = "rgb"
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[Positive, Positive, Positive] = (127.5, 127.5, 127.5)
+    flip_average: bool = False
+
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _list_is_fine(cls, value: Any) -> Any:
+        return tuple(float(v) if isinstance(v, int) else v for v in value) if isinstance(value, list) else value
+
+
+class OldConfig(_Section):
+    """The old model: a network that is trained here, or one from a file (``weights``) that brings its own or not.
+
+    weights: safetensors or a torch state dict (with ``net``); TorchScript, torch.export or ONNX (without).
+    """
+
+    net: str | None = None
+    embedding_dim: Count = 512
+    epochs: Positive = 20.0
+    weights: str | None = None
+    input: InputConfig = InputConfig()
+
+    @model_validator(mode="after")
+    def _net_or_file(self) -> OldConfig:
+        if self.weights is None and self.net is None:
+            raise ValueError("net and weights are missing; name a net to train, or weights that exist")
+        if self.weights is None and self.input != InputConfig():
+            raise ValueError("input is set; it is for a model from a file (weights). Remove it")
+        return self
+
+
 class HeadConfig(_Section):
     """The classification layer: its margin, its negatives, its optimizer, and how it is computed."""
 
@@ -292,7 +332,7 @@ class Config(_Section):
     run: RunConfig = RunConfig()
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
-    old: NetConfig
+    old: OldConfig
     new: NetConfig
     head: HeadConfig
     compat: CompatConfig = CompatConfig()
@@ -336,11 +376,18 @@ class Config(_Section):
     def result_values(self) -> dict[str, Any]:
         """The settings that can change weights or reported numbers; the fingerprint covers these alone.
 
-        Places do not count, what lies there does: a run adds the fingerprints of its data, old weights and first rows.
+        Places do not count, what lies there does: a run adds the fingerprints of its data, given weights and first rows.
         """
         values = self.model_dump(mode="json", include=set(RESULT_SECTIONS))
         values["seed"] = self.run.seed
-        for section, key in (("data", "images"), ("data", "shards"), ("old", "weights"), ("head", "start_from")):
+        places = (
+            ("data", "images"),
+            ("data", "shards"),
+            ("old", "weights"),
+            ("new", "weights"),
+            ("head", "start_from"),
+        )
+        for section, key in places:
             values[section][key] = values[section][key] is not None
         return values
 

@@ -489,9 +489,9 @@ def plan(
     """
     ranks = num_nodes * ranks_per_node
     stage = plan_stage(config, num_images, num_classes, config.new.epochs, ranks)
-    new, old = (
-        net_cost(section.net, section.embedding_dim, config.data.image_size) for section in (config.new, config.old)
-    )
+    new = net_cost(config.new.net, config.new.embedding_dim, config.data.image_size)
+    # an old model that brings its own network counts as the new one's
+    old = net_cost(config.old.net or config.new.net, config.old.embedding_dim, config.data.image_size)
     shape = head_shape(config, num_classes, machine, ranks)
     head, net = head_memory(shape), net_memory(new, config, machine, ranks)
     # boundaries, and how many images each class has

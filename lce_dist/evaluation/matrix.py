@@ -37,18 +37,24 @@ class Verdict:
 
 
 def build_matrix(
-    old: EmbeddingSet, new: EmbeddingSet, independent: EmbeddingSet | None, fars: Sequence[float]
+    old: EmbeddingSet,
+    new: EmbeddingSet,
+    independent: EmbeddingSet | None,
+    fars: Sequence[float],
+    crossing: tuple[EmbeddingSet, EmbeddingSet] | None = None,
 ) -> dict[str, PairResult]:
     """Compare the models pair by pair; keys and their meaning are ``PAIRS``, the last two only with ``independent``.
 
+    crossing: the query and gallery sets of "new_old" where a map stands between the models (None: as they are).
     Errors: RunError of :func:`~lce_dist.evaluation.metrics.compare`. **Memory**: of one comparison at a time.
     """
     models = {"old": old, "new": new}
     if independent is not None:
         models["independent"] = independent
-    return {
-        key: compare(models[query], models[gallery], fars) for key, (query, gallery) in PAIRS.items() if query in models
-    }
+    sides = {key: (models[query], models[gallery]) for key, (query, gallery) in PAIRS.items() if query in models}
+    if crossing is not None:
+        sides["new_old"] = crossing
+    return {key: compare(*pair, fars) for key, pair in sides.items()}
 
 
 def criterion(matrix: Mapping[str, PairResult], far: float) -> Verdict:

@@ -20,12 +20,15 @@ from torch import nn
 from lce_dist.errors import CheckpointError, RunError
 
 _TORCH_SUFFIXES = (".pt", ".pth")
+_WRAPPERS = ("state_dict", "state_dict_backbone")  # the second is arcface_torch's, beside its head and optimizer
+_COUNTER = ".num_batches_tracked"  # read by momentum=None alone; files from before torch 0.4.1 and converters lack it
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
     """Fill ``net`` from a .safetensors file, or a .pt / .pth state dict; exactly its tensors, no more, no less.
 
-    A ``{"state_dict": ...}`` wrapper and a "module." in front of every name (DistributedDataParallel) are removed.
+    A ``{"state_dict": ...}`` wrapper, arcface_torch's ``checkpoint_gpu_0.pt`` around its backbone, and a "module."
+    in front of every name (DistributedDataParallel) are removed; counters of batches, which no forward reads, may lack.
     Errors: CheckpointError for a file that is absent, damaged, holds code, or does not fit; ``net`` is as before.
     """
     if not path.is_file():
@@ -40,6 +43,8 @@ def load_weights(net: nn.Module, path: Path) -> None:
         )
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    counters = {name: tensor for name, tensor in net.state_dict().items() if name.endswith(_COUNTER)}
+    tensors = counters | tensors
     _check_fit(net, tensors, path)
     net.load_state_dict(tensors)
 
@@ -98,8 +103,10 @@ def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends too early"
         raise CheckpointError(f"weights {path} is damaged or not a torch file ({reason}); copy it again") from None
-    if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
-        value = value["state_dict"]
+    for wrapper in _WRAPPERS:
+        if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
+            value = value[wrapper]
+            break
     if not isinstance(value, dict):
         raise CheckpointError(f"weights {path} holds a {type(value).__name__}; must be a state dict (name -> tensor)")
     for name, tensor in value.items():

@@ -119,3 +119,17 @@ def test_any_number_of_ranks_sees_the_same_batches_and_a_net_without_batch_stati
     for step, loss in losses[1].items():
         # rounding alone, until it carries an input of a ReLU over zero: from then on the paths part
         assert losses[3][step] == pytest.approx(loss, rel=1e-5 if step <= 3 else 5e-2)
+
+
+def test_both_models_frozen_and_a_map_between_them(workplace: Workplace, undisturbed: str) -> None:
+    arguments = ("train", "--config", "small.toml", "--nodes", "2", "--name", "forward")
+    arguments += ("--set", "compat.mode=mapping-forward", "--set", "new.epochs=10.0")
+    code, output = workplace.run(*arguments)
+    assert code == 0, output
+    assert "M(new, T12 old)" in output and "map chosen:" in output
+    report = workplace.report("forward")
+    card = report["bridge"]
+    assert (report["mode"], card["direction"], card["dim_in"]) == ("mapping-forward", "old_to_new", 32)
+    names = [candidate["name"] for candidate in card["candidates"]]
+    assert {"procrustes", "trained stacked"} <= set(names) and card["chosen"] in names
+    assert (workplace.folder / "runs" / "forward" / "bridge" / "bridge.safetensors").exists()

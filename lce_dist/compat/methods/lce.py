@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.collectives import gather_rows, sum_over_ranks
+from lce_dist.compat.bridges import build_bridge
 from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
 from lce_dist.compat.method import Card, Method, MethodBatch, RowTerms
 from lce_dist.compat.old_space import OldSpace
@@ -59,8 +60,6 @@ class Lce(Method):
     @classmethod
     def build(cls, inputs: MethodInputs) -> Lce:
         """From the config's section; maps only where the manner has them."""
-        from lce_dist.compat.bridges import build_bridge
-
         config, manner = inputs.config, inputs.config.manner
         forth = back = None
         if manner != "direct":
