@@ -1,0 +1,144 @@
+"""Every way to compatibility on equal terms: all methods in all scenarios, on faces and on handwriting, three seeds.
+
+    python -m benchmarks.compatibility [--quick] [--only REGEX ...] [--omniglot ZIP] [--work DIR] [--out DIR]
+    python -m benchmarks.compatibility --cost [--quick] [--out DIR]
+
+Every cell trains by the code of a real run (DeepSpeed in process, a world of one) with the same steps, images, head and
+scale. Each finished cell is a file below --work: the same command goes on where it was ended, however it was ended, and
+a cell whose settings or method changed is made anew. ``--cost`` measures what LCE's terms add to a step instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compatibility_cells import start
+from benchmarks.compatibility_cost import judge_cost, measure_cost, raw_cost
+from benchmarks.compatibility_data import Source, decode_once, faces, load_pictures, omniglot
+from benchmarks.compatibility_plan import (
+    SCENARIOS,
+    Budget,
+    Plan,
+    Study,
+    contestants,
+    plan_of,
+)
+from benchmarks.compatibility_report import Row, marks_of, rows_of, save_picture, table_of
+from benchmarks.compatibility_work import Results, perform_all
+from benchmarks.record import Mark, file_stem, write_record
+from lce_dist.errors import LceError
+
+NAME = "compatibility"
+
+
+def study_of(arguments: argparse.Namespace) -> tuple[tuple[Source, ...], dict[str, Budget]]:
+    """Data sets and budgets; measured so that the old model is clearly the weaker, and the whole takes two hours."""
+    if arguments.quick:
+        quick = faces(identities=90, photos=10, image_size=32, tested=30, difficulty=0.3)
+        return (quick,), {"faces": Budget(20, 40, 64, 0.05, 16.0)}
+    sources = [faces(identities=400, photos=16, image_size=32, tested=120, difficulty=0.35)]
+    if arguments.omniglot is not None:
+        sources.append(omniglot(arguments.omniglot, image_size=32, tested=36))
+    budgets = {"faces": Budget(100, 280, 64, 0.05, 16.0), "omniglot": Budget(120, 220, 64, 0.05, 12.0)}
+    return tuple(sources), budgets
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few faces, two scenarios, one seed; judges no quality")
+    parser.add_argument(
+        "--only",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="cells in whose name it is found, such as 'faces, extended-class, LCE direct, seed 1'; all must be",
+    )
+    parser.add_argument("--omniglot", metavar="ZIP", type=Path, help="images_background_small1.zip of Omniglot")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--report", action="store_true", help="table and picture of what is done; nothing is run")
+    parser.add_argument("--cost", action="store_true", help="only what LCE's terms add to a step")
+    parser.add_argument("--work", type=Path, default=Path("runs/compatibility"), help="where finished cells are kept")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    if arguments.cost:
+        return cost(arguments)
+    try:
+        return study(arguments)
+    except LceError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def cost(arguments: argparse.Namespace) -> int:
+    num_classes = 10_000 if arguments.quick else 100_000
+    samples = measure_cost(num_classes, 5 if arguments.quick else 9, 0.5)
+    marks = judge_cost(samples, num_classes)
+    name = f"{NAME}-cost"
+    return write_record(name, arguments.out, marks, raw_cost(samples, num_classes), file_stem(name))
+
+
+def study(arguments: argparse.Namespace) -> int:
+    sources, budgets = study_of(arguments)
+    if arguments.omniglot is None and not arguments.quick:
+        print("omniglot is skipped: --omniglot names no archive")
+    work: Path = arguments.work
+    folders = {source.name: (source, decode_once(source, work / "data")) for source in sources}
+    fingerprints = {name: load_pictures(*pair).fingerprint for name, pair in folders.items()}
+    scenarios = tuple(s for s in SCENARIOS if not arguments.quick or s.name in _QUICK_SCENARIOS)
+    seeds = (1,) if arguments.quick else (1, 2, 3)
+    plan = plan_of(Study(sources, fingerprints, budgets, scenarios, contestants(), seeds), _chosen(arguments.only))
+    results = Results(work / "cells")
+    failed: dict[str, str] = {}
+    if not arguments.report:
+        todo = (start, (folders, work / "models"), arguments.processes)
+        failed = perform_all(plan.tasks, results, *todo, lambda line: print(line, flush=True))
+    rows = rows_of(plan.cells, results.get)
+    return report(arguments, plan, rows, failed)
+
+
+_QUICK_SCENARIOS = ("extended-class", "dimension: 128 to 512")
+
+
+def _chosen(patterns: list[str]) -> Any:
+    compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
+    return lambda place: all(pattern.search(place) for pattern in compiled)
+
+
+def report(arguments: argparse.Namespace, plan: Plan, rows: list[Row], failed: dict[str, str]) -> int:
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    stem = file_stem(NAME + ("-quick" if arguments.quick else ""))
+    table = table_of(rows)
+    (out / f"{stem}.md").write_text(table)
+    for source in dict.fromkeys(row.source for row in rows):
+        save_picture(rows, source, out / f"{stem}-{source}.png")
+    print(table)
+    for traceback in failed.values():
+        print(traceback, file=sys.stderr)
+    missing = [row for row in rows if row.missing is not None and not row.missing.startswith("refused")]
+    marks = [Mark("places that are not done", float(len(missing)), "== 0", not missing)]
+    if not arguments.quick:
+        marks += marks_of(rows)
+    raw = {"quick": arguments.quick, "rows": [_plain(row) for row in rows], "failed": failed}
+    return write_record(NAME, out, marks, raw, stem)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {
+        "source": row.source,
+        "scenario": row.scenario,
+        "contestant": row.contestant,
+        "values": {name: value.plain() for name, value in row.values.items()},
+        "seeds": row.seeds,
+        "seconds": row.seconds,
+        "about": row.about,
+        "missing": row.missing,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
