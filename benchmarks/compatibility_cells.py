@@ -23,7 +23,8 @@ from torch import nn
 from benchmarks.compatibility_data import Part, Pictures, Source, batches, embed, load_pictures, part_of, rounds_of
 from benchmarks.compatibility_plan import FAR, CellJob, ModelJob
 from benchmarks.compatibility_work import Perform, Result, Task
-from launch.bridge import bridge_stage, read_card
+from launch.bridge import bridge_stage
+from lce_dist.compat.artefact import read_card
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import compute_old_space
 from lce_dist.config import Config, NetConfig

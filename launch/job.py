@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from launch.bridge import bridge_stage, read_card, some_identities
+from launch.bridge import bridge_stage, some_identities
 from launch.prepare import open_old_model
 from launch.report import write_report
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
+from lce_dist.compat.artefact import read_card
 from lce_dist.compat.boundaries import BoundaryPolicy
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space

@@ -10,12 +10,14 @@ import itertools
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
 Kind = Literal["stacked", "linear", "mlp", "orthogonal"]
 
 _BLOCKS, _PATHS, _NARROW = 4, 4, 16  # figure 3
+_RESIDUAL_SCALE = 0.1
 
 
 class Bridge(nn.Module):
@@ -30,7 +32,7 @@ class Bridge(nn.Module):
         if kind == "orthogonal":
             self.matrix = parametrizations.orthogonal(self.matrix, orthogonal_map="matrix_exp")
         elif kind == "mlp":
-            self.residual = _Path(dim_in, 2 * max(dim_in, dim_out), dim_out)
+            self.residual = _Hidden(dim_in, 2 * max(dim_in, dim_out), dim_out)
         elif kind == "stacked":
             self.residual = _Paths(dim_in, dim_out)
         self.further = nn.ModuleList(_Paths(dim_out, dim_out) for _ in range(_BLOCKS - 1 if kind == "stacked" else 0))
@@ -59,8 +61,30 @@ class Bridge(nn.Module):
         else:
             weight.copy_(matrix_ED)
         for path in self.modules():
-            if isinstance(path, _Path):
+            if isinstance(path, (_Path, _Hidden)):
                 path.silence()
+
+
+class _Hidden(nn.Module):
+    """Linear GELU Linear; silent at first.
+
+    Elements of unit rows are near 1 / sqrt(D), too small for a GELU to bend: they are scaled to about 1. What comes out
+    is scaled down, so that a step of AdamW turns the map about as far through the residual as through the matrix.
+    """
+
+    def __init__(self, dim_in: int, width: int, dim_out: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(dim_in, width)
+        self.out = nn.Linear(width, dim_out)
+        self._scale_in = dim_in**0.5
+
+    def forward(self, rows_ND: torch.Tensor) -> torch.Tensor:
+        value: torch.Tensor = self.out(F.gelu(self.hidden(self._scale_in * rows_ND)))
+        return _RESIDUAL_SCALE * value
+
+    def silence(self) -> None:
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
 
 class _Path(nn.Module):

@@ -131,5 +131,5 @@ def test_both_models_frozen_and_a_map_between_them(workplace: Workplace, undistu
     card = report["bridge"]
     assert (report["mode"], card["direction"], card["dim_in"]) == ("mapping-forward", "old_to_new", 32)
     names = [candidate["name"] for candidate in card["candidates"]]
-    assert {"procrustes", "trained stacked"} <= set(names) and card["chosen"] in names
+    assert {"procrustes", "trained mlp"} <= set(names) and card["chosen"] in names
     assert (workplace.folder / "runs" / "forward" / "bridge" / "bridge.safetensors").exists()

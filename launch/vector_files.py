@@ -1,0 +1,328 @@
+"""Files of vectors, read and written a block at a time: Parquet, npz or npy, each row with its key.
+
+    X.parquet   columns ``key`` (text), ``vector`` (lists of floats of one length), and ``identity`` (text) or not
+    X.npz       arrays ``keys`` (N,) text, ``vectors`` (N, D) floats, and ``identities`` (N,) text or not
+    X.npy       (N, D) floats, beside X.keys.txt with N keys, one a line, and X.identities.txt or not
+
+The formats are those of lce_dist/models/stored_vectors.py, which finds rows by key; here all rows pass in order. Errors
+name numbers of rows, never a key. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lce_dist.errors import DataError, RunError
+
+Vectors = npt.NDArray[np.float32]
+SUFFIXES = (".parquet", ".npz", ".npy")
+_BLOCK_ROWS = 1 << 14
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows that follow each other: b keys, (b, D) float32 vectors of any length, b identities where the file has them."""
+
+    keys: list[str]
+    rows_bD: Vectors
+    identities: list[str] | None
+
+
+@dataclass(frozen=True, eq=False)
+class VectorFile:
+    """A file that was opened: its rows, their dimension, whether it names identities, and a pass over all."""
+
+    path: Path
+    num_rows: int
+    dim: int
+    has_identities: bool
+    blocks: Callable[[], Iterator[Block]]
+
+
+def open_vectors(path: Path) -> VectorFile:
+    """Look at the file's head. Errors: DataError for what is absent, damaged, has other names or shapes, or holds objects;
+    the pass raises it for a row without a key or without a direction (zero, not finite)."""
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"vectors {path} end in {path.suffix!r}; must be {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise DataError(f"vectors {path} is not a file; name a {' or '.join(SUFFIXES)} file")
+    opened = {".parquet": _open_parquet, ".npz": _open_npz, ".npy": _open_npy}[path.suffix](path)
+    if opened.num_rows == 0 or opened.dim == 0:
+        raise DataError(
+            f"vectors {path} have the shape ({opened.num_rows}, {opened.dim}); must have a row and a column"
+        )
+
+    def checked() -> Iterator[Block]:
+        row = 0
+        for block in opened.blocks():
+            _check_block(path, row, block, opened.dim)
+            row += len(block.keys)
+            yield block
+        if row != opened.num_rows:
+            raise DataError(f"vectors {path}: {row} rows came of {opened.num_rows}; the file is damaged, copy it again")
+
+    return VectorFile(path, opened.num_rows, opened.dim, opened.has_identities, checked)
+
+
+def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block]) -> None:
+    """Write ``blocks`` in the format of ``path``'s ending; the file appears whole or not at all.
+
+    Errors: DataError for another ending; RunError where the file system refuses.
+    **Memory**: a block; npz: all keys.
+    """
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"vectors {path} end in {path.suffix!r}; must be {', '.join(SUFFIXES)}")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    write = {".parquet": _write_parquet, ".npz": _write_npz, ".npy": _write_npy}[path.suffix]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # names of what lies beside an npy come before it: without the npy nobody looks at them
+        for written, name in write(path, partial, dim, num_rows, iter(blocks)):
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
+            written.replace(name)
+    except OSError as error:
+        raise RunError(f"vectors {path} cannot be written: {error}. Free space or choose another place") from None
+    finally:
+        for left in path.parent.glob(f"{partial.name}*"):
+            left.unlink(missing_ok=True)
+
+
+def _check_block(path: Path, first: int, block: Block, dim: int) -> None:
+    count = len(block.keys)
+    if block.rows_bD.shape != (count, dim) or (block.identities is not None and len(block.identities) != count):
+        raise DataError(f"vectors {path}: from row {first + 1} on keys, vectors and identities are not one each")
+    for column in (block.keys, block.identities or []):
+        for place, word in enumerate(column):
+            if not word or "\0" in word or "\n" in word:
+                raise DataError(
+                    f"vectors {path}: the key or identity of row {first + place + 1} is empty, or holds a NUL or a line "
+                    "break; give it another"
+                )
+    with np.errstate(over="ignore", invalid="ignore"):
+        square_b = np.einsum("bd,bd->b", block.rows_bD, block.rows_bD, dtype=np.float64)
+    wrong = np.flatnonzero(~(np.isfinite(square_b) & (square_b > 0.0)))
+    if wrong.size:
+        raise DataError(
+            f"vectors {path}: row {first + int(wrong[0]) + 1} is zero or not finite; it has no direction. "
+            "Leave the image out, or compute its vector again"
+        )
+
+
+def _open_npy(path: Path) -> VectorFile:
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"vectors {path} is damaged or holds objects ({error}); save it again") from None
+    _check_array(path, vectors.shape, vectors.dtype)
+    keys_file, identities_file = (path.with_name(f"{path.stem}.{what}.txt") for what in ("keys", "identities"))
+    if not keys_file.is_file():
+        raise DataError(f"vectors {path} have no {keys_file.name} beside them; write one key a line, in their order")
+    has_identities = identities_file.is_file()
+
+    def blocks() -> Iterator[Block]:
+        keys, identities = lines_of(keys_file), lines_of(identities_file) if has_identities else None
+        for low in range(0, len(vectors), _BLOCK_ROWS):
+            rows_bD = np.array(vectors[low : low + _BLOCK_ROWS], dtype=np.float32)
+            names = list(itertools.islice(keys, len(rows_bD)))
+            groups = None if identities is None else list(itertools.islice(identities, len(rows_bD)))
+            yield Block(names, rows_bD, groups)
+        if next(keys, None) is not None or (identities is not None and next(identities, None) is not None):
+            raise DataError(
+                f"vectors {path}: more keys or identities than the {len(vectors)} vectors; must be one each"
+            )
+
+    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks)
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text, without their ends. Errors: DataError for other bytes."""
+    try:
+        # newline="\n": other characters that end lines elsewhere may stand in a key
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is not UTF-8 text; write one name a line") from None
+
+
+def _open_npz(path: Path) -> VectorFile:
+    def damaged(error: Exception) -> DataError:
+        return DataError(f"vectors {path} is damaged or holds objects ({error}); save it again")
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            if not {"keys", "vectors"} <= names <= {"keys", "vectors", "identities"}:
+                found = ", ".join(sorted(names)[:6]) or "nothing"
+                raise DataError(
+                    f"vectors {path} holds {found}; must hold keys and vectors, and identities or not. "
+                    "Write it with np.savez(path, keys=..., vectors=...)"
+                )
+            with archive.open("vectors.npy") as member:
+                shape, by_column, dtype = _header(member)
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise damaged(error) from None
+    _check_array(path, shape, dtype)
+    if by_column:
+        raise DataError(f"vectors {path} lie column by column; save them row by row: np.ascontiguousarray(vectors)")
+
+    def words(name: str) -> npt.NDArray[Any]:
+        with np.load(path, allow_pickle=False) as arrays:
+            column: npt.NDArray[Any] = arrays[name]
+        if column.ndim != 1 or column.dtype.kind != "U" or len(column) != shape[0]:
+            raise DataError(
+                f"vectors {path}: {name} is {column.dtype} of shape {column.shape}; must be ({shape[0]},) of text: "
+                "np.asarray(names, dtype=str)"
+            )
+        return column
+
+    def blocks() -> Iterator[Block]:
+        try:
+            keys, identities = words("keys"), words("identities") if "identities" in names else None
+            with zipfile.ZipFile(path) as archive, archive.open("vectors.npy") as member:
+                _header(member)
+                for low in range(0, shape[0], _BLOCK_ROWS):
+                    count = min(_BLOCK_ROWS, shape[0] - low)
+                    raw = member.read(count * shape[1] * dtype.itemsize)
+                    rows_bD = np.frombuffer(raw, dtype).reshape(count, shape[1]).astype(np.float32)
+                    part = slice(low, low + count)
+                    yield Block(keys[part].tolist(), rows_bD, None if identities is None else identities[part].tolist())
+        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+            raise damaged(error) from None
+
+    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks)
+
+
+def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(member)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(member)
+    return shape, by_column, dtype
+
+
+def _check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if len(shape) != 2 or dtype.kind != "f":
+        raise DataError(f"vectors {path} are {dtype} of shape {shape}; must be (rows, D) of floats")
+
+
+def _open_parquet(path: Path) -> VectorFile:
+    import pyarrow as pa  # here, because it takes a third of a second
+    import pyarrow.parquet as pq
+
+    def damaged(error: Exception) -> DataError:
+        reason = str(error).partition("\n")[0][:200]
+        return DataError(f"vectors {path} is damaged Parquet ({reason}); write it again")
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
+            first = (
+                next(file.iter_batches(batch_size=1, columns=["vector"]), None) if "vector" in schema.names else None
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(error) from None
+    columns = [name for name in ("key", "vector", "identity") if name in schema.names]
+    if columns[:2] != ["key", "vector"] or len(columns) != len(schema.names):
+        found = ", ".join(schema.names[:6])
+        raise DataError(f"vectors {path} has the columns {found}; must be key and vector, and identity or not")
+    kind = schema.field("vector").type
+    listed = (pa.types.is_list(kind), pa.types.is_large_list(kind), pa.types.is_fixed_size_list(kind))
+    if not any(listed) or not pa.types.is_floating(kind.value_type):
+        raise DataError(f"vectors {path}: vector is {kind}; must be a list of floats")
+    dim = 0 if first is None or num_rows == 0 else len(first.column(0)[0].as_py() or ())
+
+    def blocks() -> Iterator[Block]:
+        row = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BLOCK_ROWS, columns=columns):
+                    vector, *words = (
+                        batch.column("vector"),
+                        *(batch.column(name) for name in columns if name != "vector"),
+                    )
+                    flat = vector.flatten()
+                    lengths = vector.value_lengths().to_numpy(zero_copy_only=False)
+                    if any(one.null_count for one in (vector, flat, *words)) or (lengths != dim).any():
+                        raise DataError(
+                            f"vectors {path}: after row {row} a key, an identity or a vector is absent, or a vector has "
+                            f"another length than the first ({dim})"
+                        )
+                    rows_bD = flat.to_numpy(zero_copy_only=False).reshape(len(vector), dim).astype(np.float32)
+                    names = [one.cast(pa.string()).to_pylist() for one in words]
+                    row += len(vector)
+                    yield Block(names[0], rows_bD, names[1] if len(names) > 1 else None)
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(error) from None
+
+    return VectorFile(path, num_rows, dim, "identity" in columns, blocks)
+
+
+_Written = Iterator[tuple[Path, Path]]
+
+
+def _write_parquet(path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block]) -> _Written:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            values = pa.array(block.rows_bD.reshape(-1), pa.float32())
+            columns = {"key": pa.array(block.keys), "vector": pa.FixedSizeListArray.from_arrays(values, dim)}
+            if block.identities is not None:
+                columns["identity"] = pa.array(block.identities)
+            table = pa.table(columns)
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(partial, table.schema))
+            writer.write_table(table)
+    yield partial, path
+
+
+def _write_npy(path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block]) -> _Written:
+    names = {what: partial.with_name(f"{partial.name}.{what}") for what in ("keys", "identities")}
+    with contextlib.ExitStack() as stack:
+        texts = {
+            what: stack.enter_context(name.open("w", encoding="utf-8", newline="\n")) for what, name in names.items()
+        }
+        _write_rows(partial, dim, num_rows, blocks, lambda what, words: texts[what].writelines(f"{w}\n" for w in words))
+    for what, name in names.items():
+        if name.stat().st_size:
+            yield name, path.with_name(f"{path.stem}.{what}.txt")
+    yield partial, path
+
+
+def _write_npz(path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block]) -> _Written:
+    words: dict[str, list[str]] = {"keys": [], "identities": []}
+    rows = partial.with_name(f"{partial.name}.rows")
+    _write_rows(rows, dim, num_rows, blocks, lambda what, some: words[what].extend(some))
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.write(rows, "vectors.npy")
+        for what, column in words.items():
+            if column:
+                with archive.open(f"{what}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(column, dtype=str), allow_pickle=False)
+    yield partial, path
+
+
+def _write_rows(
+    partial: Path, dim: int, num_rows: int, blocks: Iterator[Block], words: Callable[[str, list[str]], None]
+) -> None:
+    rows = np.lib.format.open_memmap(partial, "w+", np.float32, (num_rows, dim))
+    low = 0
+    for block in blocks:
+        rows[low : low + len(block.keys)] = block.rows_bD
+        low += len(block.keys)
+        words("keys", block.keys)
+        words("identities", block.identities or [])
+    rows.flush()
