@@ -25,6 +25,7 @@ from benchmarks.compatibility_plan import FAR, CellJob, ModelJob
 from benchmarks.compatibility_work import Perform, Result, Task
 from launch.bridge import bridge_stage
 from lce_dist.compat.artefact import read_card
+from lce_dist.compat.boundaries import BoundaryPolicy
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import compute_old_space
 from lce_dist.config import Config, NetConfig
@@ -158,7 +159,9 @@ class Desk:
     def _compatibility(self, job: CellJob, part: Part, old_ND: Vectors) -> Compatibility:
         config = job.config
         rounds = rounds_of(old_ND, part)
-        space = compute_old_space(rounds, part.num_classes, job.scenario.old.dim, _WORLD)
+        asked = config.compat
+        policy = BoundaryPolicy(asked.boundary_policy, asked.boundary_percentile, asked.slack_rad, asked.single_image)
+        space = compute_old_space(rounds, part.num_classes, job.scenario.old.dim, _WORLD, policy)
         inputs = MethodInputs(
             config=config.compat,
             head=config.head,

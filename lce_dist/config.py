@@ -199,6 +199,7 @@ class CompatConfig(_Section):
     mode: the new model is trained to be compatible (``training-``) or both exist and a map between them is fitted
     (``mapping-``); ``direct`` compares vectors as they are, ``backward`` maps new queries into the old space,
     ``forward`` maps the stored old vectors into the new one. ``preset`` gives keys that are not set other values.
+    The weights that a config does not set follow ``head.scale`` (see ``weights_for``); here they stand for a scale of 64.
     """
 
     mode: Literal[
@@ -212,8 +213,8 @@ class CompatConfig(_Section):
     method: str = "lce"
     method_weight: Annotated[float, Field(ge=0.0)] | None = None
     preset: Literal["default", "paper", "reference-code"] = "default"
-    align_weight: Annotated[float, Field(ge=0.0)] = 10.0
-    boundary_weight: Annotated[float, Field(ge=0.0)] = 10.0
+    align_weight: Annotated[float, Field(ge=0.0)] = 128.0
+    boundary_weight: Annotated[float, Field(ge=0.0)] = 4.0
     boundary: Literal["cos", "angle"] = "cos"
     boundary_policy: Literal["max", "percentile", "iqr"] = "max"
     boundary_percentile: Annotated[float, Field(gt=0.0, le=100.0)] = 95.0
@@ -257,13 +258,34 @@ class CompatConfig(_Section):
         return -(-num_classes // MOST_MAPPED_CLASSES)
 
 
+def weights_for(scale: float) -> dict[str, object]:
+    """Default weights of LCE under the head's scale: the slopes of the classification loss grow with it, so must theirs.
+
+    Chosen by ``benchmarks.compatibility`` (DESIGN.md, 2026-11-23).
+    """
+    return {"align_weight": 2.0 * scale, "boundary_weight": scale / 16.0}
+
+
+_REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)
 # What a preset says in place of the defaults; see docs/methods.md for where each differs from its source.
 PRESETS: dict[str, dict[str, object]] = {
     "default": {},
-    "paper": {"boundary": "angle", "boundary_policy": "max", "bridge": "stacked"},
+    "paper": {
+        "align_weight": 10.0,
+        "boundary_weight": 10.0,
+        "boundary": "angle",
+        "boundary_policy": "max",
+        "bridge": "stacked",
+    },
     "reference-code": {"boundary": "cos", "boundary_policy": "max", "boundary_weight": 1.0, "bridge": "stacked"},
 }
-_REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)
+
+
+def _number(section: Any, key: str, default: float) -> float:
+    """A positive number from a section that nobody has checked yet."""
+    value = section.get(key, default) if isinstance(section, dict) else default
+    good = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return float(value) if good else default
 
 
 class OptimConfig(_Section):
@@ -344,17 +366,18 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_preset(cls, values: Any) -> Any:
-        compat = values.get("compat") if isinstance(values, dict) else None
-        if not isinstance(compat, dict) or compat.get("preset") not in PRESETS:
+    def _fill_in_compat(cls, values: Any) -> Any:
+        """What ``[compat]`` does not say: the preset, then the weights that the scale gives. Wrong types are told later."""
+        if not isinstance(values, dict):
             return values
-        preset = dict(PRESETS[compat["preset"]])
-        if compat["preset"] == "reference-code":
-            new = values.get("new")
-            dim = new.get("embedding_dim", 512) if isinstance(new, dict) else 512
-            if isinstance(dim, int) and dim > 0:
-                preset["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / dim
-        return {**values, "compat": {**preset, **compat}}
+        compat = values.get("compat", {})
+        preset = PRESETS.get(str(compat.get("preset", "default"))) if isinstance(compat, dict) else None
+        if preset is None:
+            return values
+        filled = weights_for(_number(values.get("head"), "scale", 64.0)) | preset
+        if compat.get("preset") == "reference-code":
+            filled["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / _number(values.get("new"), "embedding_dim", 512.0)
+        return {**values, "compat": {**filled, **compat}}
 
     @model_validator(mode="after")
     def _manner_fits_models(self) -> Config:

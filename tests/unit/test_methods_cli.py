@@ -8,7 +8,7 @@ import pytest
 
 from launch.cli import main
 from launch.prepare import check_method
-from lce_dist.config import Config, parse_config
+from lce_dist.config import CompatConfig, Config, parse_config
 from lce_dist.errors import ConfigError
 
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -73,3 +73,15 @@ def test_presets_fill_in_what_is_not_set() -> None:
     assert config_of({"preset": "reference-code", "align_weight": 3.0}).compat.align_weight == 3.0
     again = parse_config(config_of({"preset": "reference-code"}).model_dump(mode="json"), "again", json_mode=True)
     assert again.compat == code
+
+
+def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
+    compat = config_of({}, head={"scale": 32.0}).compat
+    assert (compat.align_weight, compat.boundary_weight) == (64.0, 2.0)
+    assert config_of({"boundary_weight": 7.0}, head={"scale": 32.0}).compat.boundary_weight == 7.0
+    assert config_of({}, head={}).compat == CompatConfig()  # whose defaults stand for the head's own
+    with pytest.raises(ConfigError, match="scale") as refused:
+        config_of({}, head={"scale": -1.0})
+    assert "weight" not in str(refused.value)
+    with pytest.raises(ConfigError, match="preset"):
+        config_of({"preset": ["paper"]})
