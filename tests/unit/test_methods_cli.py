@@ -76,12 +76,12 @@ def test_presets_fill_in_what_is_not_set() -> None:
 
 
 def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
-    compat = config_of({}, head={"scale": 32.0}).compat
+    compat = config_of({}, head={"loss": "softmax", "scale": 32.0}).compat
     assert (compat.align_weight, compat.boundary_weight) == (64.0, 2.0)
-    assert config_of({"boundary_weight": 7.0}, head={"scale": 32.0}).compat.boundary_weight == 7.0
-    assert config_of({}, head={}).compat == CompatConfig()  # whose defaults stand for the head's own
+    assert config_of({"boundary_weight": 7.0}, head={"loss": "softmax", "scale": 32.0}).compat.boundary_weight == 7.0
+    assert config_of({}, head={"loss": "softmax"}).compat == CompatConfig()  # whose defaults stand for the head's own
     with pytest.raises(ConfigError, match="scale") as refused:
-        config_of({}, head={"scale": -1.0})
+        config_of({}, head={"loss": "softmax", "scale": -1.0})
     assert "weight" not in str(refused.value)
     with pytest.raises(ConfigError, match="preset"):
         config_of({"preset": ["paper"]})
