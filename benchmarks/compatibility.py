@@ -43,7 +43,7 @@ def study_of(arguments: argparse.Namespace) -> tuple[tuple[Source, ...], dict[st
     sources = [faces(identities=400, photos=16, image_size=32, tested=120, difficulty=0.35)]
     if arguments.omniglot is not None:
         sources.append(omniglot(arguments.omniglot, image_size=32, tested=36))
-    budgets = {"faces": Budget(100, 280, 64, 0.05, 16.0), "omniglot": Budget(160, 300, 64, 0.1, 12.0)}
+    budgets = {"faces": Budget(90, 220, 64, 0.05, 16.0), "omniglot": Budget(150, 260, 64, 0.1, 12.0)}
     return tuple(sources), budgets
 
 
