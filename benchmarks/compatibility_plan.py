@@ -101,7 +101,10 @@ def contestants() -> tuple[Contestant, ...]:
         for bridge in ("auto", "procrustes", "least_squares", "stacked", *(("mlp",) if manner == "forward" else ())):
             title = chosen if bridge == "auto" else f"mapping {manner}, {bridge}"
             title += " (FCT-style)" if bridge == "mlp" else ""
-            maps.append(Contestant(title, "mapping", (("bridge", bridge), ("mode", f"mapping-{manner}"))))
+            settings: list[tuple[str, Any]] = [("bridge", bridge), ("mode", f"mapping-{manner}")]
+            if bridge != "auto":  # nothing is chosen: fewer identities have to be held out in turn
+                settings.append(("bridge_heldout", 0.5))
+            maps.append(Contestant(title, "mapping", tuple(sorted(settings))))
     return (INDEPENDENT, *_TRAINED, *rivals, *maps)
 
 

@@ -181,5 +181,7 @@ def _serve(pipe: Connection, directory: Path, start: Callable[..., Perform], arg
             seconds = time.perf_counter() - started
             results.put(task.key, {"title": task.title, "settings": task.settings, "seconds": seconds, **result})
             pipe.send((True, result["line"], seconds))
+        except BrokenPipeError:  # the parent is gone, and the result is kept
+            return
         except Exception:  # noqa: BLE001 - told to the parent with its traceback
             pipe.send((False, traceback.format_exc(), 0.0))
