@@ -18,6 +18,7 @@ from torch import nn
 from launch.bridge import bridge_stage, some_identities
 from launch.prepare import open_old_model
 from launch.report import write_report
+from launch.stored import StoredOld, open_stored
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.artefact import read_card
@@ -46,6 +47,8 @@ from pipelines.stream import ImageStream, block_plan, training_plan
 _BLOCK_ROWS = 128
 _CACHE_BYTES = 2 << 30
 
+OldModel = nn.Module | StoredOld
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,10 +73,14 @@ def run_job(job: Job, world: World, report: Report) -> None:
     )
     old_view, train_view, test_view = (dataset.select(keys) for keys in (split.old, split.train, split.heldout))
 
-    old: nn.Module
+    old: OldModel
     if config.old.weights is not None:
         old = open_old_model(config, job.base_dir, world.device)
         report({"type": "stage_skipped", "stage": "old", "why": f"weights given: {config.old.weights}"})
+    elif config.old.vectors is not None:
+        old = open_stored(job.base_dir / config.old.vectors, dataset, config.old.embedding_dim, job.cache_dir)
+        what = f"vectors given, one an {old.by}: {config.old.vectors}"
+        report({"type": "stage_skipped", "stage": "old", "why": what})
     else:
         assert config.old.net is not None, "the config was checked"
         section = NetConfig(net=config.old.net, embedding_dim=config.old.embedding_dim, epochs=config.old.epochs)
@@ -82,6 +89,7 @@ def run_job(job: Job, world: World, report: Report) -> None:
     if not config.compat.maps_only:
         compat = _compatibility(job, old, train_view, world, report)
     new = _network(job, "new", config.new, train_view, compat, world, report)
+    nets: dict[str, tuple[OldModel, int]]
     nets = {"old": (old, config.old.embedding_dim), "new": (new, config.new.embedding_dim)}
     bridge = None
     if config.compat.maps_only or config.compat.manner != "direct":
@@ -107,7 +115,10 @@ def run_job(job: Job, world: World, report: Report) -> None:
     report({"type": "stage_start", "stage": "evaluation", "total_steps": len(nets), "first_step": 0})
     sets: dict[str, EmbeddingSet] = {}
     for done, (name, (net, dim)) in enumerate(nets.items(), 1):
-        rounds = _embedded(job, net, dim, test_view, world)
+        if isinstance(net, StoredOld) and net.by == "identity":
+            rounds = net.identity_rounds(test_view, world)
+        else:
+            rounds = _embedded(job, net, dim, test_view, world)
         vectors, labels, ids = gather_all(rounds(), world)
         sets[name] = EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
         report(
@@ -144,7 +155,7 @@ def _crossing(
     return sets["new"], through(sets["old"])
 
 
-def _compatibility(job: Job, old: nn.Module, view: View, world: World, report: Report) -> Compatibility:
+def _compatibility(job: Job, old: OldModel, view: View, world: World, report: Report) -> Compatibility:
     """The method that the config names, over the old model's space."""
     config = job.config
     space = _old_space(job, old, view, world, report)
@@ -163,6 +174,8 @@ def _compatibility(job: Job, old: nn.Module, view: View, world: World, report: R
     method = build_method(config.compat.method, inputs)
 
     def old_vectors(images: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
+        if isinstance(old, StoredOld):
+            return old.of_images(sample_ids.cpu().numpy()).to(images.device)
         vectors: torch.Tensor = old(images)
         return vectors
 
@@ -255,7 +268,7 @@ def _save_classifier(
     save_classifier(directory, trained.head.rows, trained.identity_SL, old, model, world)
 
 
-def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Report) -> OldSpace:
+def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report) -> OldSpace:
     """Centres and boundaries of the old model over the new training set, computed once for their fingerprints."""
     config, compat = job.config, job.config.compat
     dim, classes = config.old.embedding_dim, len(view.identities)
@@ -276,7 +289,10 @@ def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Repor
     if cached is not None:
         report({"type": "stage_skipped", "stage": "centres", "why": "cached for this old model and data"})
         return cached
-    rounds = _embedded(job, old, dim, view, world)
+    if isinstance(old, StoredOld) and old.by == "identity":
+        rounds = old.identity_rounds(view, world)  # one vector a class: a centre without a boundary
+    else:
+        rounds = _embedded(job, old, dim, view, world)
     partial = Partial(directory, config.checkpoint.every_rounds, state)
     space = compute_old_space(rounds, classes, dim, world, policy, seen_S, partial)
     save_old_space(space, directory, state, world, identity_SL)
@@ -284,8 +300,8 @@ def _old_space(job: Job, old: nn.Module, view: View, world: World, report: Repor
     return space
 
 
-def _fingerprint_of(old: nn.Module) -> str:
-    return old.fingerprint if isinstance(old, FrozenModel) else fingerprint(old)
+def _fingerprint_of(old: OldModel) -> str:
+    return old.fingerprint if isinstance(old, FrozenModel | StoredOld) else fingerprint(old)
 
 
 def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
@@ -294,8 +310,10 @@ def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
     return set(split.old)
 
 
-def _embedded(job: Job, net: nn.Module, dim: int, view: View, world: World) -> Callable[[], Iterator[EmbeddedRows]]:
+def _embedded(job: Job, net: OldModel, dim: int, view: View, world: World) -> Callable[..., Iterator[EmbeddedRows]]:
     """A pass over ``view`` that can be repeated, also from the middle; what fits in memory is computed once."""
+    if isinstance(net, StoredOld):
+        return net.image_rounds(view, world)
     fits = len(view.sample_ids) * dim * 4 // world.size <= _CACHE_BYTES
     kept: list[EmbeddedRows] = []
 

@@ -152,7 +152,11 @@ def _checked_config(options: KubernetesOptions) -> Config:
             f"cluster.device is {config.cluster.device!r}; overlay {options.overlay!r} does not fit it. Use 'auto'"
         )
     paths = {"data.images": config.data.images, "data.shards": config.data.shards, "old.weights": config.old.weights}
-    paths |= {"new.weights": config.new.weights, "head.start_from": config.head.start_from}
+    paths |= {
+        "old.vectors": config.old.vectors,
+        "new.weights": config.new.weights,
+        "head.start_from": config.head.start_from,
+    }
     for key, value in paths.items():
         if value is not None and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
             raise ConfigError(

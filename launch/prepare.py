@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from launch.stored import check_against_vectors, open_stored
 from lce_dist.compat.methods import find_method
 from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
 from lce_dist.errors import ConfigError, DataError
@@ -40,7 +41,7 @@ class Prepared:
     dataset: PackedDataset
     split: IdentitySplit
     plans: dict[str, StagePlan]
-    old_weights: str | None  # fingerprint of weights and preprocessing
+    old_weights: str | None  # fingerprint of weights and preprocessing, or of stored vectors
     new_weights: str | None  # fingerprint
     first_rows: str | None  # fingerprint of head.start_from
 
@@ -102,9 +103,9 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     if config.new.weights is not None:
         load_weights(net, Path(config.new.weights))
         new_weights = fingerprint(net)
-    old_weights = None
+    old_model = None
     if config.old.weights is not None:
-        old_weights = open_old_model(config, Path(), torch.device("cpu")).fingerprint
+        old_model = open_old_model(config, Path(), torch.device("cpu"))
     elif config.old.net is not None:
         build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
     first_rows = None
@@ -117,6 +118,13 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             )
         first_rows = classifier.fingerprint(Path(config.head.start_from), in_mib(progress, "reading rows"))
     dataset = prepare_data(config.data, cache, progress)
+    old_weights = None if old_model is None else old_model.fingerprint
+    if config.old.vectors is not None:
+        vectors = Path(config.old.vectors)
+        if old_model is None:
+            old_weights = open_stored(vectors, dataset, config.old.embedding_dim, cache).fingerprint
+        else:
+            check_against_vectors(old_model, vectors, dataset, config.data.image_size, cache)
     split = split_identities(
         dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
     )
@@ -132,7 +140,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     if with_independent:
         networks["independent"] = (split.train, config.new)
     for name, (identities, section) in networks.items():
-        if section.weights is None:
+        if section.weights is None and not (name == "old" and config.old.vectors is not None):
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
     return Prepared(dataset, split, plans, old_weights, new_weights, first_rows)

@@ -52,7 +52,7 @@ def write_report(
         "images_per_s": images_per_s.get("new", 0.0),
         "images_per_s_by_stage": images_per_s,
         "fingerprint": fingerprint,
-        "num_heldout_images": len(sets["old"].labels_N),
+        "num_heldout_images": len(sets["new"].labels_N),
     }
     figures = run_dir / "figures"
     figures.mkdir(exist_ok=True)
@@ -66,7 +66,7 @@ def write_report(
 
 def result_table(report: dict[str, Any]) -> Table:
     """The matrix as a table: query model, gallery model, TAR at each FAR, rank-1."""
-    fars = list(report["old_old"]["tar_at_far"])
+    fars = list(report["new_new"]["tar_at_far"])
     table = Table(title="held-out identities, all pairs", title_justify="left")
     table.add_column("query, gallery")
     for far in fars:

@@ -116,9 +116,9 @@ def _absolute(config: Config) -> Config:
         for key in ("images", "shards")
         if (value := getattr(config.data, key)) is not None
     }
-    old = config.old
-    if old.weights is not None:
-        old = old.model_copy(update={"weights": str(Path(old.weights).resolve())})
+    given = {key: getattr(config.old, key) for key in ("weights", "vectors")}
+    there = {key: str(Path(value).resolve()) for key, value in given.items() if value is not None}
+    old = config.old.model_copy(update=there)
     new = config.new
     if new.weights is not None:
         new = new.model_copy(update={"weights": str(Path(new.weights).resolve())})

@@ -232,7 +232,8 @@ class _Tracking:
         report = _read_report(self._run_dir / "report.json")
         if report is None:
             raise AssertionError("the workers ended without a report")
-        metrics: dict[str, float] = {"result/criterion_met": float(report["criterion_met"])}
+        met = report["criterion_met"]
+        metrics: dict[str, float] = {} if met is None else {"result/criterion_met": float(met)}
         for key in ("old_old", "new_old", "new_new", "independent_old", "independent_new"):
             if key in report:
                 metrics[f"rank1/{key}"] = report[key]["rank1"]
@@ -274,14 +275,23 @@ def _draw_curves(run_dir: Path) -> None:
                 figure.savefig(run_dir / "figures" / f"losses_{stage}{suffix}.png", dpi=150)
 
 
+_VERDICTS: dict[bool | None, tuple[str, str]] = {
+    True: ("met", "green"),
+    False: ("not met", "red"),
+    None: ("not judged", "yellow"),
+}
+
+
 def _description(report: dict[str, Any], config: Config) -> str:
     far = f"{report['criterion_far']:g}"
     rows = [
         f"| {query} | {gallery} | {report[key]['tar_at_far'][far]:.3f} | {report[key]['rank1']:.3f} |"
         for key, query, gallery in (("old_old", "old", "old"), ("new_old", "new", "old"), ("new_new", "new", "new"))
+        if key in report
     ]
-    verdict = "**met**" if report["criterion_met"] else "**not met**"
-    head = f"Upgrade `{config.old.net or config.old.weights}` to `{config.new.net}`: the compatibility criterion is {verdict}."
+    verdict = f"**{_VERDICTS[report['criterion_met']][0]}**"
+    old = config.old.net or config.old.weights or config.old.vectors
+    head = f"Upgrade `{old}` to `{config.new.net}`: the compatibility criterion is {verdict}."
     table = [f"| query model | gallery model | TAR at FAR {far} | rank-1 |", "|---|---|---|---|", *rows]
     return "\n".join([head, "", *table, "", *report["reasons"]])
 
@@ -291,8 +301,10 @@ def _conclude(config: Config, run_dir: Path, console: Console, took_s: float | N
     if report is None:
         raise AssertionError("the workers ended without a report")
     console.print(result_table(report))
-    word = "[green]met[/green]" if report["criterion_met"] else "[red]not met[/red]"
-    console.print(f"criterion {word}: {' '.join(report['reasons'])}", highlight=False, soft_wrap=True)
+    word, colour = _VERDICTS[report["criterion_met"]]
+    console.print(
+        f"criterion [{colour}]{word}[/{colour}]: {' '.join(report['reasons'])}", highlight=False, soft_wrap=True
+    )
     if took_s is not None:
         minutes, seconds = divmod(round(took_s), 60)
         console.print(

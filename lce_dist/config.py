@@ -110,21 +110,27 @@ class InputConfig(_Section):
 
 
 class OldConfig(_Section):
-    """The old model: a network that is trained here, or one from a file (``weights``) that brings its own or not.
+    """The old model: a network that is trained here, one from a file (``weights``), or stored ``vectors`` alone.
 
     weights: safetensors or a torch state dict (with ``net``); TorchScript, torch.export or ONNX (without).
+    vectors: Parquet, npz or npy, keyed by image or identity; beside ``weights`` they check the preprocessing.
     """
 
     net: str | None = None
     embedding_dim: Count = 512
     epochs: Positive = 20.0
     weights: str | None = None
+    vectors: str | None = None
     input: InputConfig = InputConfig()
 
     @model_validator(mode="after")
     def _net_or_file(self) -> OldConfig:
-        if self.weights is None and self.net is None:
-            raise ValueError("net and weights are missing; name a net to train, or weights that exist")
+        if self.weights is None and self.vectors is None and self.net is None:
+            raise ValueError("net and weights are missing; name a net to train, or weights or vectors that exist")
+        if self.weights is None and self.vectors is not None and self.net is not None:
+            raise ValueError(
+                "net and vectors are set; vectors take the old model's place, or check weights. Remove one"
+            )
         if self.weights is None and self.input != InputConfig():
             raise ValueError("input is set; it is for a model from a file (weights). Remove it")
         return self
@@ -407,6 +413,7 @@ class Config(_Section):
             ("data", "images"),
             ("data", "shards"),
             ("old", "weights"),
+            ("old", "vectors"),
             ("new", "weights"),
             ("head", "start_from"),
         )

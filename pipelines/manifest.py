@@ -3,6 +3,7 @@
     DIR/NAME-000000.tar ...  WebDataset shards, a .cls and a .jpg member per sample
     DIR/index.npy            one row per sample: where its JPEG lies, and its label
     DIR/identities.txt       the identity key of each label, one a line
+    DIR/names.npy            a hash of each sample's name in what was packed, by which stored vectors are found
     DIR/manifest.json        sizes and hashes of all of it; written last, so its presence means "complete"
 
 Everything is checked once, in :meth:`PackedDataset.open`; what reads samples later trusts it.
@@ -28,6 +29,7 @@ from pipelines.order import Int64Array
 
 FORMAT, VERSION = "lce-dist-shards", 1
 MANIFEST_FILE, INDEX_FILE, IDENTITIES_FILE = "manifest.json", "index.npy", "identities.txt"
+NAMES_FILE = "names.npy"
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i8")])
 
 _TAR_BLOCK_BYTES = 512
@@ -61,12 +63,13 @@ class Manifest(_Record):
     shards: list[ShardRecord]
     index_sha256: Sha256
     identities_sha256: Sha256
+    names_sha256: Sha256 | None = None  # None: packed before names were kept
     source: str
     fingerprint: Sha256
 
     def content_fingerprint(self) -> str:
         """64 hex digits over everything that a reader of the data can see."""
-        text = json.dumps(self.model_dump(exclude={"fingerprint", "source"}), sort_keys=True)
+        text = json.dumps(self.model_dump(exclude={"fingerprint", "source"}, exclude_none=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -100,6 +103,7 @@ class PackedDataset:
     manifest: Manifest
     index: npt.NDArray[np.void]
     identities: tuple[str, ...]
+    name_hash_N2: npt.NDArray[np.uint64] | None  # keys.hash_keys of each sample's name in what was packed
 
     @classmethod
     def open(cls, directory: Path) -> PackedDataset:
@@ -122,7 +126,7 @@ class PackedDataset:
                 "Pack the data set again"
             )
         _check_rows(directory / INDEX_FILE, index, manifest.shards, identities)
-        return cls(directory, manifest, index, identities)
+        return cls(directory, manifest, index, identities, _map_names(directory / NAMES_FILE, manifest))
 
     @property
     def num_samples(self) -> int:
@@ -219,9 +223,11 @@ def write_description(
     index: npt.NDArray[np.void],
     identities: Sequence[str],
     source: str,
+    name_hash_N2: npt.NDArray[np.uint64],
 ) -> Manifest:
-    """Write index, identities and, last and atomically, the manifest of shards that already lie in ``directory``."""
+    """Write index, identities, names and, last and atomically, the manifest of shards that already lie in ``directory``."""
     np.save(directory / INDEX_FILE, index, allow_pickle=False)
+    np.save(directory / NAMES_FILE, name_hash_N2, allow_pickle=False)
     (directory / IDENTITIES_FILE).write_text("".join(f"{key}\n" for key in identities), encoding="utf-8", newline="")
     unsigned = Manifest(
         format=FORMAT,
@@ -232,13 +238,14 @@ def write_description(
         shards=list(shards),
         index_sha256=file_sha256(directory / INDEX_FILE),
         identities_sha256=file_sha256(directory / IDENTITIES_FILE),
+        names_sha256=file_sha256(directory / NAMES_FILE),
         source=source,
         fingerprint="0" * 64,
     )
     manifest = unsigned.model_copy(update={"fingerprint": unsigned.content_fingerprint()})
     unfinished = directory / (MANIFEST_FILE + ".partial")
     with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n")
+        file.write(json.dumps(manifest.model_dump(exclude_none=True), indent=1, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(directory / MANIFEST_FILE)
@@ -321,6 +328,22 @@ def _map_index(path: Path) -> npt.NDArray[np.void]:
         )
     mapped: npt.NDArray[np.void] = index
     return mapped
+
+
+def _map_names(path: Path, manifest: Manifest) -> npt.NDArray[np.uint64] | None:
+    if manifest.names_sha256 is None:
+        return None
+    _check_hash(path, manifest.names_sha256)
+    try:
+        names_N2: npt.NDArray[np.uint64] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise DataError(f"{path} is no list of hashes ({error}); pack the data set again") from None
+    if names_N2.dtype != np.uint64 or names_N2.shape != (manifest.num_samples, 2):
+        raise DataError(
+            f"{path} has dtype {names_N2.dtype}, shape {names_N2.shape}; must be uint64 of shape "
+            f"({manifest.num_samples}, 2). Pack the data set again"
+        )
+    return names_N2
 
 
 def _check_rows(

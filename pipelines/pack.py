@@ -27,6 +27,7 @@ import webdataset
 from PIL import Image, ImageOps
 
 from lce_dist.errors import DataError, SetupError
+from lce_dist.keys import hash_keys
 from pipelines.manifest import (
     INDEX_DTYPE,
     MANIFEST_FILE,
@@ -45,7 +46,7 @@ NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 JPEG_QUALITY = 95  # of images that arrive in another format
 
 _TAR_BLOCK_BYTES = 512
-_PACKING_RULES = 1  # raised when the same source would give other bytes
+_PACKING_RULES = 2  # raised when the same source would give other bytes
 
 Progress = Callable[[int, int], None]
 NamedImage = tuple[str, str, bytes]
@@ -98,9 +99,10 @@ def pack_images(
 ) -> PackedDataset:
     """Pack (identity key, image name, JPEG bytes) in the order given; labels are places in ``identities``.
 
+    Of names hashes are kept, by which stored vectors find their image.
     ``source`` says what is packed (a hash of its parameters): if ``out`` already holds it, ``images`` is not touched.
     Errors: DataError for a key that is unknown, repeated or without images, a wrong count, a foreign ``out``.
-    **Memory**: 24 bytes an image and one image.
+    **Memory**: 40 bytes an image and one image.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise DataError(f"data set name {name!r} must match {NAME_PATTERN}; its shards are called after it")
@@ -113,8 +115,10 @@ def pack_images(
         if partial.exists():
             shutil.rmtree(partial)  # left by a killed run
         partial.mkdir(parents=True)
-        shards, index = _write_shards(images, identities, num_images, partial, name, shard_size_bytes, progress)
-        write_description(partial, name, shards, index, identities, source)
+        shards, index, names_N2 = _write_shards(
+            images, identities, num_images, partial, name, shard_size_bytes, progress
+        )
+        write_description(partial, name, shards, index, identities, source, names_N2)
         partial.replace(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -326,10 +330,11 @@ def _write_shards(
     name: str,
     shard_size_bytes: int,
     progress: Progress | None,
-) -> tuple[list[ShardRecord], np.ndarray]:
+) -> tuple[list[ShardRecord], np.ndarray, np.ndarray]:
     label_of = {key: label for label, key in enumerate(identities)}
     images_per_label = np.zeros(len(identities), dtype=np.int64)
     index = np.zeros(num_images, dtype=INDEX_DTYPE)
+    name_hash_N2 = np.zeros((num_images, 2), dtype=np.uint64)
     shards: list[ShardRecord] = []
     shard: _OpenShard | None = None
     sample_id = 0
@@ -354,6 +359,7 @@ def _write_shards(
             end = shard.writer.tarstream.offset
             padded_bytes = -(-len(jpeg) // _TAR_BLOCK_BYTES) * _TAR_BLOCK_BYTES
             index[sample_id] = (len(shards), end - padded_bytes, len(jpeg), label_of[key])
+            name_hash_N2[sample_id] = hash_keys([image_name])[0]
             images_per_label[label_of[key]] += 1
             sample_id += 1
             if end >= shard_size_bytes:
@@ -374,7 +380,7 @@ def _write_shards(
     empty = np.flatnonzero(images_per_label == 0)
     if empty.size:
         raise DataError(f"identity {identities[int(empty[0])]!r} has no images (an empty class); leave it out")
-    return shards, index
+    return shards, index, name_hash_N2
 
 
 def _open_shard(path: Path) -> _OpenShard:

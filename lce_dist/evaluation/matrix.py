@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lce_dist.errors import RunError
 from lce_dist.evaluation.metrics import EmbeddingSet, PairResult, compare, far_key
 
@@ -28,10 +30,11 @@ PAIRS: dict[str, tuple[str, str]] = {
 class Verdict:
     """Whether M(new, old) > M(old, old), plain sentences with the numbers, and the share of the upgrade reached.
 
+    met: None where M(old, old) could not be measured.
     update_gain = (M(new, old) - M(old, old)) / (M(*,*) - M(old, old)); None when M(*,*) is unknown or not the higher.
     """
 
-    met: bool
+    met: bool | None
     reasons: tuple[str, ...]
     update_gain: float | None
 
@@ -46,6 +49,7 @@ def build_matrix(
     """Compare the models pair by pair; keys and their meaning are ``PAIRS``, the last two only with ``independent``.
 
     crossing: the query and gallery sets of "new_old" where a map stands between the models (None: as they are).
+    An old set of one vector an identity has no pairs of its own: "old_old" is left out.
     Errors: RunError of :func:`~lce_dist.evaluation.metrics.compare`. **Memory**: of one comparison at a time.
     """
     models = {"old": old, "new": new}
@@ -54,6 +58,8 @@ def build_matrix(
     sides = {key: (models[query], models[gallery]) for key, (query, gallery) in PAIRS.items() if query in models}
     if crossing is not None:
         sides["new_old"] = crossing
+    if len(np.unique(old.labels_N)) == len(old.labels_N):
+        del sides["old_old"]
     return {key: compare(*pair, fars) for key, pair in sides.items()}
 
 
@@ -64,6 +70,9 @@ def criterion(matrix: Mapping[str, PairResult], far: float) -> Verdict:
     **Source**: Meng et al., "Learning Compatible Embeddings", ICCV 2021 (arXiv 2108.01958).
     """
     tar = {key: _tar(key, result, far) for key, result in matrix.items()}
+    if "old_old" not in tar:
+        told = f"TAR at FAR {far_key(far)}: new/old {tar['new_old']:.4f}, new/new {tar['new_new']:.4f}"
+        return Verdict(None, (f"{told}; the old vectors are one an identity, so old/old cannot be measured.",), None)
     old_old, new_old = tar["old_old"], tar["new_old"]
     shift = _compared("new/old", new_old, "old/old", old_old)
     reasons = [f"TAR at FAR {far_key(far)}: {shift}; the criterion asks for new/old > old/old."]

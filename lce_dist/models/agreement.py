@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -26,25 +28,26 @@ _SCALES: dict[str, tuple[Triple, Triple]] = {
 }
 
 
-def check_against_stored(model: FrozenModel, stored: StoredVectors, images: torch.Tensor, keys: Sequence[str]) -> float:
-    """The least cosine between vectors of ``images`` (b, 3, S, S) and the stored ones of their ``keys``.
+def check_against_stored(
+    model: FrozenModel, stored: StoredVectors, images: torch.Tensor, row_b: npt.NDArray[np.int64]
+) -> float:
+    """The least cosine between vectors of ``images`` (b, 3, S, S) and the stored ones in rows ``row_b``.
 
-    Errors: DataError below 0.99, naming the preprocessing under which they agree, if one does; for other dimensions;
-    for keys that are not stored.
+    Errors: DataError below 0.99, naming the preprocessing under which they agree, if one does; for other dimensions.
     """
     if stored.embedding_dim != model.embedding_dim:
         raise DataError(
             f"stored vectors {stored.path} have {stored.embedding_dim} dimensions, the model gives "
             f"{model.embedding_dim}; they are of different models"
         )
-    stored_bD = torch.from_numpy(stored.rows(keys)).to(images.device)
+    stored_bD = torch.from_numpy(stored.take(row_b)).to(images.device)
     cos_b = _cosines(model, images, stored_bD)
     least = float(cos_b.min())
     if least >= LEAST_COS:
         return least
     told = (
         f"the model and stored vectors {stored.path} disagree: cosine {least:.3f} at least and "
-        f"{float(cos_b.mean()):.3f} on average over {len(keys)} images; must be {LEAST_COS} or more. "
+        f"{float(cos_b.mean()):.3f} on average over {len(row_b)} images; must be {LEAST_COS} or more. "
     )
     for changes, spec in _other_inputs(model.input):
         if float(_cosines(model.with_input(spec), images, stored_bD).min()) >= LEAST_COS:

@@ -4,8 +4,8 @@
     X.npz       arrays ``keys`` (N,) text and ``vectors`` (N, D) floats
     X.npy       (N, D) floats, beside X.keys.txt with N keys, one a line, UTF-8
 
-A key is what the rows are asked by: a sample key (the name of the image in its shard, as 000000012.jpg) or an
-identity key. Keys are personal: errors name numbers of rows, never a key, and only hashes of them are kept in
+A key is what the rows are asked by: an image's path in the folder or archive that was packed, or an identity key.
+Keys are personal: errors name numbers of rows, never a key, and only hashes of them are kept in
 memory, 24 bytes a row. Measured with 10^7 rows of 16 floats: opened in 13 s, 128 rows found in 0.23 ms.
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lce_dist.errors import DataError
+from lce_dist.keys import hash_keys
 
 _BLOCK_BYTES = 64 << 20
 _BLOCK_KEYS = 1 << 18
@@ -79,19 +80,24 @@ class StoredVectors:
 
     def find(self, keys: Sequence[str]) -> Int64Array:
         """(n,) row numbers of ``keys``. Errors: DataError saying how many are missing and the place of the first."""
-        hash_n, check_n = _hash_keys(keys)
-        place_n = np.searchsorted(self._hash_N, hash_n)
-        row_n = np.full(len(keys), -1, dtype=np.int64)
-        for step in range(self._longest_run):
-            at_n = np.minimum(place_n + step, self.num_rows - 1)
-            found_n = (self._hash_N[at_n] == hash_n) & (self._check_N[at_n] == check_n)
-            row_n[found_n] = self._row_N[at_n[found_n]]
+        row_n = self.look_up(hash_keys(keys))
         missing = np.flatnonzero(row_n < 0)
         if missing.size:
             raise DataError(
                 f"stored vectors {self.path} ({self.num_rows} rows) lack {missing.size} of the {len(keys)} keys asked "
                 f"for; the first is number {int(missing[0]) + 1} of them. Store a vector for each, under the same key"
             )
+        return row_n
+
+    def look_up(self, hash_n2: npt.NDArray[np.uint64]) -> Int64Array:
+        """(n,) row numbers of keys given as ``hash_keys`` of them; -1 where there is none."""
+        hash_n, check_n = hash_n2[:, 0], hash_n2[:, 1]
+        place_n = np.searchsorted(self._hash_N, hash_n)
+        row_n = np.full(len(hash_n2), -1, dtype=np.int64)
+        for step in range(self._longest_run):
+            at_n = np.minimum(place_n + step, self.num_rows - 1)
+            found_n = (self._hash_N[at_n] == hash_n) & (self._check_N[at_n] == check_n)
+            row_n[found_n] = self._row_N[at_n[found_n]]
         return row_n
 
     def take(self, row_n: Int64Array) -> npt.NDArray[np.float32]:
@@ -121,8 +127,9 @@ def _index(
         stop = row + len(block)
         if stop > num_rows:
             raise DataError(f"stored vectors {path}: more keys than the {num_rows} vectors; must be one each")
-        hash_N[row:stop], check_N[row:stop] = halves_2n = _hash_keys(block)
-        digest.update(np.stack(halves_2n, axis=1).astype("<u8"))  # row by row: formats differ in their blocks
+        hash_n2 = hash_keys(block)
+        hash_N[row:stop], check_N[row:stop] = hash_n2.T
+        digest.update(hash_n2.astype("<u8"))  # row by row: formats differ in their blocks
         row = stop
     if row != num_rows:
         raise DataError(f"stored vectors {path}: {row} keys for {num_rows} vectors; must be one each")
@@ -141,13 +148,6 @@ def _index(
         run = run + 1 if at and same_first[at - 1] else 2
         longest = max(longest, run)
     return order_N, hash_N, check_N, longest
-
-
-def _hash_keys(keys: Sequence[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
-    """Two independent (n,) halves of 128 bits: that two of 10^7 keys agree in both has a chance of 1e-25."""
-    hashes = b"".join(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() for key in keys)
-    halves_n2 = np.frombuffer(hashes, dtype="<u8").reshape(len(keys), 2)
-    return halves_n2[:, 0].copy(), halves_n2[:, 1].copy()
 
 
 def _check_vectors(path: Path, vectors: Vectors, digest: Any) -> None:

@@ -59,7 +59,8 @@ def rewrite_index(directory: Path, change: Callable[[np.ndarray], None]) -> None
     dataset = PackedDataset.open(directory)
     index = np.array(dataset.index)
     change(index)
-    write_description(directory, "faces", dataset.manifest.shards, index, dataset.identities, "source")
+    names = dataset.name_hash_N2
+    write_description(directory, "faces", dataset.manifest.shards, index, dataset.identities, "source", names)
 
 
 def set_row(field: str, value: int) -> Callable[[np.ndarray], None]:
@@ -116,6 +117,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "identities changed": (
         lambda d: (d / "identities.txt").write_text("ann\nbob\ncai\nzed\n"),
         "identities.txt has sha256",
+    ),
+    "names missing": (lambda d: (d / "names.npy").unlink(), "names.npy is missing"),
+    "names changed": (
+        lambda d: (d / "names.npy").write_bytes((d / "names.npy").read_bytes()[:-1] + b"\x01"),
+        "names.npy has sha256",
     ),
     "label too large": (lambda d: rewrite_index(d, set_row("label", 4)), "sample 5 has label 4; must be 0 to 3"),
     "label negative": (lambda d: rewrite_index(d, set_row("label", -1)), "sample 5 has label -1; must be 0 to 3"),
