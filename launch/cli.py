@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch.bridge_cli import add_bridge_commands
+from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
 from launch.methods_cli import add_methods_command
 from lce_dist.config import Config, SyntheticConfig, load_config, parse_config
@@ -113,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_head_commands(commands)
     add_bridge_commands(commands)
+    add_generations_command(commands)
     add_methods_command(commands)
 
     data = commands.add_parser("data", help="pack, draw and look at data sets").add_subparsers(

@@ -19,6 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from lce_dist.errors import RunError
+from lce_dist.evaluation.generations import Generations
 from lce_dist.evaluation.matrix import PAIRS
 from lce_dist.evaluation.metrics import HISTOGRAM_EDGES, Counts, Floats, PairResult, far_key
 
@@ -85,6 +86,42 @@ def matrix_heat_map(entries: Mapping[str, Mapping[str, Any]], far: float) -> Fig
             axes.add_patch(Rectangle(corner, 0.95, 0.95, fill=False, edgecolor=edge, linewidth=width, zorder=3))
         figure.supxlabel(f"criterion {word}: new/old {sign} old/old", color=colour, fontsize=11, weight="bold")
     axes.set_title(title)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="TAR (share of genuine pairs accepted)")
+    return figure
+
+
+def generations_heat_map(generations: Generations, far: float) -> Figure:
+    """TAR at ``far`` of each model's queries in its own and each earlier gallery; framed as in ``matrix_heat_map``.
+
+    Green: better than the older model did in that gallery; red: not.
+    """
+    count = len(generations.names)
+    side = 1.5 * count
+    figure = _figure(side + 2.8, side + 1.5)
+    axes = figure.add_subplot()
+    axes.set_facecolor("#f2f2f2")
+    image = axes.imshow(generations.tar_GG, vmin=0.0, vmax=1.0, cmap="Blues")
+    for row in range(count):
+        for column in range(row + 1):
+            value = generations.tar_GG[row, column]
+            colour = "white" if value > 0.55 else "black"
+            axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=colour, fontsize=14.0)
+            if column < row:
+                met = value > generations.tar_GG[column, column]
+                for edge, width in (("white", 8), (_MET if met else _NOT_MET, 4)):
+                    corner = (column - 0.475, row - 0.475)
+                    axes.add_patch(Rectangle(corner, 0.95, 0.95, fill=False, edgecolor=edge, linewidth=width, zorder=3))
+    names = [_wrapped(name, 14) for name in generations.names]
+    axes.set_xticks(range(count), names)
+    axes.set_yticks(range(count), names, rotation=90, va="center")
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("gallery model")
+    axes.set_ylabel("query model")
+    axes.set_title(f"TAR at FAR {far_key(far)}")
+    figure.supxlabel(
+        f"AC {generations.average_compatibility:.3f}, AM {generations.average_metric:.3f}", fontsize=11, weight="bold"
+    )
     figure.colorbar(image, ax=axes, shrink=0.8, label="TAR (share of genuine pairs accepted)")
     return figure
 

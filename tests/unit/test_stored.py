@@ -107,7 +107,7 @@ def test_vectors_by_image_stand_for_the_model_on_any_number_of_ranks(place: Plac
         people = [place.keys[sample].partition("/")[0] for sample in ids]
         assert [view.identities[label] for label in labels] == people
     halfway = [rows.sample_ids_b.tolist() for rows in stored.image_rounds(view, World())(128)]
-    assert sum(halfway, []) == view.sample_ids[128:].tolist()
+    assert [sample for ids in halfway for sample in ids] == view.sample_ids[128:].tolist()
     some = torch.tensor([7, 0, 7])
     np.testing.assert_allclose(stored.of_images(some.numpy()).numpy(), place.vectors[[7, 0, 7]], atol=1e-6)
 
@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_named(place: Place, tmp_path: Path) -> None:
     few = place.save("few", list(place.keys[:100]), place.vectors[:100])
     with pytest.raises(DataError, match="100 of the 160 images and 0 of the 40 identities of the data; must hold all"):
         open_stored(few, place.dataset, DIM, tmp_path)
-    with pytest.raises(ConfigError, match="old.embedding_dim is 24; .* have 16. Set it to 16"):
+    with pytest.raises(ConfigError, match=r"old.embedding_dim is 24; .* have 16\. Set it to 16"):
         open_stored(place.by_image(), place.dataset, 24, tmp_path)
     other = place.save("other", ["x"], place.vectors[:1])
     model = FrozenModel(place.old, DIM, "x", OUR_INPUT)

@@ -1,0 +1,236 @@
+"""The command ``lce generations``: runs that upgraded one model after another, every later one against every gallery."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lce_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # heavy imports wait until the command runs
+    import torch
+    from torch import nn
+
+    from lce_dist.config import Config
+    from lce_dist.evaluation.generations import Generations
+    from lce_dist.evaluation.metrics import EmbeddingSet
+    from pipelines.manifest import IdentitySplit, PackedDataset, View
+
+_BLOCK_ROWS = 128
+
+
+def add_generations_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``generations`` to the commands of ``lce``."""
+    command = commands.add_parser(
+        "generations",
+        help="several upgrades in a row: each model's queries in each earlier gallery",
+        description="RUNs in the order of the upgrades, each of which has the new model of the one before as its old\n"
+        'model (old.weights = "RUN/new/model.safetensors"). Compares images of identities that none of them trained on:\n'
+        "the matrix of TARs, AC (share of pairs of generations in which the newer model does better in the older one's\n"
+        "gallery than the older one did) and AM (its mean). Maps of several upgrades are composed.",
+        epilog="example:\n  lce generations runs/first runs/second --out generations.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
+    command.add_argument("--far", type=float, default=1e-2, help="FAR of the matrix (default: 0.01)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="a .json file; a picture, .png, is put beside it")
+    command.set_defaults(run=_generations)
+
+
+@dataclass(frozen=True)
+class _Upgrade:
+    """A finished run, as it was configured, and who trained in it."""
+
+    directory: Path
+    config: Config
+    dataset: PackedDataset
+    split: IdentitySplit
+
+
+def _generations(arguments: argparse.Namespace) -> None:
+    if not 0.0 < arguments.far < 1.0:
+        raise ConfigError(f"--far is {arguments.far}; must lie between 0 and 1")
+    from rich.console import Console
+
+    from launch.progress import RunProgress
+    from lce_dist.evaluation.figures import generations_heat_map
+
+    with RunProgress(Console(stderr=True)) as progress:
+        upgrades = [_read(directory, progress.count) for directory in arguments.runs]
+        found = generations_of(upgrades, arguments.far, progress.count)
+    for line in lines_of(found, arguments.far):
+        print(line)
+    if arguments.out is not None:
+        out: Path = arguments.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        partial.write_text(json.dumps(plain(found, arguments.far), indent=2) + "\n")
+        partial.replace(out)
+        generations_heat_map(found, arguments.far).savefig(out.with_suffix(".png"), dpi=150)
+        print(f"{out} and {out.with_suffix('.png')}")
+
+
+def lines_of(found: Generations, far: float) -> list[str]:
+    """The matrix as text: a line a query model."""
+    width = max(9, *(len(name) for name in found.names))
+    lines = [f"TAR at FAR {far:g}: query model down, gallery model across"]
+    lines.append(" " * width + "".join(f"  {name:>{width}}" for name in found.names))
+    for i, name in enumerate(found.names):
+        cells = (f"{found.tar_GG[i, j]:.3f}" if j <= i else "" for j in range(len(found.names)))
+        lines.append(f"{name:>{width}}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    lines.append(f"AC {found.average_compatibility:.3f}, AM {found.average_metric:.3f}")
+    return lines
+
+
+def plain(found: Generations, far: float) -> dict[str, Any]:
+    """For JSON: null above the diagonal."""
+    rows = [
+        [None if j > i else float(found.tar_GG[i, j]) for j in range(len(found.names))] for i in range(len(found.names))
+    ]
+    return {
+        "names": list(found.names),
+        "far": far,
+        "tar": rows,
+        "average_compatibility": found.average_compatibility,
+        "average_metric": found.average_metric,
+    }
+
+
+def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrade:
+    from launch.prepare import prepare_data
+    from lce_dist.config import parse_config
+    from pipelines.manifest import split_identities
+
+    resolved = directory / "resolved.json"
+    if not resolved.is_file() or not (directory / "report.json").is_file():
+        raise ConfigError(f"{directory} is no finished run (it lacks resolved.json or report.json); name RUN_DIR/NAME")
+    try:
+        values = json.loads(resolved.read_text())
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{resolved} is damaged ({error}); run the same command again") from None
+    config = parse_config(values, str(resolved), json_mode=True)
+    dataset = prepare_data(config.data, directory.parent / ".cache", progress)
+    split = split_identities(
+        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
+    )
+    return _Upgrade(directory, config, dataset, split)
+
+
+def generations_of(upgrades: Sequence[_Upgrade], far: float, progress: Callable[[str, int, int], None]) -> Generations:
+    """Embed the images that nobody trained on with every model in turn, and compare.
+
+    Errors: ConfigError where the runs do not follow each other, DataError where too few identities are left.
+    """
+    import torch
+
+    from lce_dist.compat.artefact import map_rows, read_bridge
+    from lce_dist.evaluation.generations import compare_generations
+
+    manners = {upgrade.config.compat.manner for upgrade in upgrades}
+    if len(manners) > 1:
+        raise ConfigError(f"the runs have the manners {', '.join(sorted(manners))}; one matrix has one manner")
+    (manner,) = manners
+    view = _unseen(upgrades)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    first = upgrades[0]
+    for before, after in itertools.pairwise(upgrades):
+        _check_chain(before, after)
+    sets = [_embedded(_old_of(first, device), first.config.old.embedding_dim, first, view, "old", device)]
+    for upgrade in upgrades:
+        progress("embedding", len(sets), len(upgrades) + 1)
+        net, dim = _new_of(upgrade, device), upgrade.config.new.embedding_dim
+        sets.append(_embedded(net, dim, upgrade, view, upgrade.directory.name, device))
+    progress("embedding", len(sets), len(sets))
+    if manner == "direct":
+        return compare_generations(sets, far)
+    bridges = [read_bridge(upgrade.directory / "bridge") for upgrade in upgrades]
+    maps = [lambda rows, bridge=bridge: map_rows(bridge, torch.from_numpy(rows)).numpy() for bridge in bridges]
+    return compare_generations(sets, far, maps, manner)
+
+
+def _unseen(upgrades: Sequence[_Upgrade]) -> View:
+    """The last run's held-out identities that no other run trained on."""
+    last = upgrades[-1]
+    trained = {key for upgrade in upgrades for key in upgrade.split.train}
+    left = [key for key in last.split.heldout if key not in trained]
+    if len(left) < 2:
+        raise DataError(
+            f"{len(left)} of the {len(last.split.heldout)} held-out identities of {last.directory} were trained on by no "
+            "run; must be at least 2. Give all runs the same held-out identities (data.split_seed, heldout_identities)"
+        )
+    return last.dataset.select(left)
+
+
+def _old_of(upgrade: _Upgrade, device: torch.device) -> nn.Module:
+    from launch.prepare import open_old_model
+    from lce_dist.models.catalog import build_net
+    from lce_dist.models.weights import load_weights
+
+    old = upgrade.config.old
+    if old.weights is not None:
+        return open_old_model(upgrade.config, Path(), device)
+    if old.net is None:
+        raise ConfigError(f"{upgrade.directory} has stored vectors for its old model; generations compare models")
+    net = build_net(old.net, old.embedding_dim, upgrade.config.data.image_size, seed=0)
+    load_weights(net, upgrade.directory / "old" / "model.safetensors")
+    return net.to(device).eval()
+
+
+def _new_of(upgrade: _Upgrade, device: torch.device) -> nn.Module:
+    from torch import nn
+
+    from lce_dist.compat.artefact import read_bridge
+
+    net = _plain_new(upgrade).to(device).eval()
+    if upgrade.config.compat.mode == "mapping-direct":  # its rotation is part of the new model
+        return nn.Sequential(net, read_bridge(upgrade.directory / "bridge").to(device))
+    return net
+
+
+def _plain_new(upgrade: _Upgrade) -> nn.Module:
+    from lce_dist.models.catalog import build_net
+    from lce_dist.models.weights import load_weights
+
+    new = upgrade.config.new
+    net = build_net(new.net, new.embedding_dim, upgrade.config.data.image_size, seed=0)
+    load_weights(net, upgrade.directory / "new" / "model.safetensors" if new.weights is None else Path(new.weights))
+    return net
+
+
+def _check_chain(before: _Upgrade, after: _Upgrade) -> None:
+    """The old model of ``after`` has to be the new one of ``before``."""
+    import torch
+
+    from lce_dist.models.old_model import FrozenModel
+    from lce_dist.models.weights import fingerprint
+
+    if before.config.compat.mode == "mapping-direct":
+        raise ConfigError(
+            f"{before.directory} has compat.mode 'mapping-direct': its new model's rotation is in no file of weights, so "
+            "no run can upgrade it. Name it last, or train it in another mode"
+        )
+    told = f"{after.directory} does not upgrade the new model of {before.directory}"
+    fix = f'it needs old.weights = "{before.directory}/new/model.safetensors" and old.net = "{before.config.new.net}"'
+    if after.config.old.weights is None:
+        raise ConfigError(f"{told}: it trained an old model of its own; {fix}")
+    old = _old_of(after, torch.device("cpu"))
+    assert isinstance(old, FrozenModel), "it was opened from a file"
+    if fingerprint(old.network) != fingerprint(_plain_new(before)):
+        raise ConfigError(f"{told}: its old.weights are {after.config.old.weights}; {fix}")
+
+
+def _embedded(net: nn.Module, dim: int, upgrade: _Upgrade, view: View, name: str, device: torch.device) -> EmbeddingSet:
+    from lce_dist.embedding import embed_batches, gather_all
+    from lce_dist.evaluation.metrics import EmbeddingSet
+    from lce_dist.world import World
+    from pipelines.stream import ImageStream, block_plan
+
+    plan = block_plan(view.num_samples, 0, 1, _BLOCK_ROWS)
+    with ImageStream(view, plan, upgrade.config.data.image_size, None, 0, device) as stream:
+        vectors, labels, ids = gather_all(embed_batches(net, stream, dim), World(device=device))
+    return EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
