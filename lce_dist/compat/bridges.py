@@ -135,3 +135,18 @@ def build_bridge(kind: Kind, dim_in: int, dim_out: int, seed: int) -> Bridge:
 
 def _partial_identity(dim_in: int, dim_out: int) -> torch.Tensor:
     return torch.eye(max(dim_in, dim_out))[:dim_out, :dim_in]
+
+
+def mapped(bridge: nn.Module, rows_ND: torch.Tensor) -> torch.Tensor:
+    """``bridge`` of any number of rows: batch norms need two; with none its parameters still get a gradient of zero."""
+    if rows_ND.shape[0] == 1:
+        pair: torch.Tensor = bridge(rows_ND.expand(2, -1))
+        return pair[:1]
+    if rows_ND.shape[0] == 0:
+        was_training = bridge.training
+        bridge.eval()
+        nothing: torch.Tensor = bridge(rows_ND)
+        bridge.train(was_training)
+        return nothing
+    value: torch.Tensor = bridge(rows_ND)
+    return value

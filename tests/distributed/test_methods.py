@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from lce_dist.collectives import gather_rows
+from lce_dist.compat.frozen_rows import steady_margin
 from lce_dist.compat.method import Method, MethodBatch
 from lce_dist.compat.methods.bct import Bct
 from lce_dist.compat.methods.l2 import L2
 from lce_dist.compat.methods.nccl import Nccl
 from lce_dist.compat.methods.ract import Ract
-from lce_dist.compat.methods.unibct import steady_margin
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.config import HeadConfig, OptimConfig
 from lce_dist.head.build import build_head

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.collectives import gather_rows
+from lce_dist.compat.frozen_rows import softmax_over_frozen, steady_margin
 from lce_dist.compat.method import Method, MethodBatch
 from lce_dist.compat.methods.advbct import AdvBct
 from lce_dist.compat.methods.mixbct import MixBct, find_distrusted
@@ -22,8 +23,6 @@ from lce_dist.compat.methods.unibct import (
     diffusion_shares,
     iterated_shares,
     refined_prototypes,
-    softmax_over_known,
-    steady_margin,
 )
 from lce_dist.compat.old_space import OldSpace, compute_old_space
 from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
@@ -318,14 +317,14 @@ def test_a_mislabelled_image_counts_for_less_than_in_a_mean_and_iteration_agrees
         torch.testing.assert_close(iterated_shares(member, 0.9, 0.05, block), share, rtol=0, atol=1e-10)
 
 
-def test_known_rows_are_classified_as_they_were_when_the_head_moved_its_rows_before_backward():
+def test_frozen_rows_are_classified_as_they_were_when_the_head_moved_its_rows_before_backward():
     head, world = head_of(World()), World()
     raw, _, labels, _ = batch_rows()
     weights = torch.full((ROWS,), 1.0 / ROWS)
     grads = []
     for moved in (False, True):
         unit = F.normalize(raw).requires_grad_()
-        loss = softmax_over_known(unit, labels, weights, head.rows, CosFace(MARGIN), head, world)
+        loss = softmax_over_frozen(unit, labels, weights, head.rows, CosFace(MARGIN), head, world)
         if moved:
             head.rows.tensors()["weight"].mul_(-1.0)
         loss.backward()
@@ -352,7 +351,7 @@ def test_known_rows_are_classified_as_they_were_when_the_head_moved_its_rows_bef
         ({"loss": "arcface", "margin_rad": 0.5, "straight_through": True}, ArcFace(0.5, straight_through=True)),
     ],
 )
-def test_margins_with_statistics_act_by_their_constant_part_on_known_rows(config, twin):
+def test_margins_with_statistics_act_by_their_constant_part_on_frozen_rows(config, twin):
     found = steady_margin(HeadConfig.model_validate(config))
     cos = torch.linspace(-1.0, 1.0, 21, dtype=torch.float64)
     for part in ("value_O", "slope_O"):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lce_dist.compat.frozen_rows import frozen_rows, softmax_over_frozen, steady_margin
 from lce_dist.compat.method import Card, Method, MethodBatch
-from lce_dist.compat.methods.unibct import known_rows, softmax_over_known, steady_margin
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.head.margins import Margin
 
@@ -39,7 +39,7 @@ class Bct(Method):
 
     def __init__(self, space: OldSpace, margin: Margin, weight: float) -> None:
         super().__init__()
-        self._rows = known_rows(space.centre_SD, space)
+        self._rows = frozen_rows(space.centre_SD, space)
         self._margin = margin
         self._weight = weight
 
@@ -52,6 +52,6 @@ class Bct(Method):
     def loss(self, batch: MethodBatch) -> torch.Tensor | None:
         if self._weight == 0.0 or batch.new_GD.shape[0] == 0:
             return None
-        return self._weight * softmax_over_known(
+        return self._weight * softmax_over_frozen(
             batch.new_GD, batch.labels_G, batch.weight_G, self._rows, self._margin, batch.head, batch.world
         )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.collectives import gather_rows, sum_over_ranks
-from lce_dist.compat.bridges import build_bridge
+from lce_dist.compat.bridges import build_bridge, mapped
 from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
 from lce_dist.compat.method import Card, Method, MethodBatch, RowTerms
 from lce_dist.compat.old_space import OldSpace
@@ -140,18 +140,3 @@ class Lce(Method):
         bound_O = (batch.new_GD[owned_O].detach() * row_OD).sum(1)
         outside_O = outside(bound_O, (seen_GD[owned_O] * row_OD).sum(1), self._config.boundary)
         return sum_over_ranks((outside_O * batch.weight_G[owned_O]).sum(), batch.world)
-
-
-def mapped(bridge: nn.Module, rows_ND: torch.Tensor) -> torch.Tensor:
-    """``bridge`` of any number of rows: batch norms need two; with none its parameters still get a gradient of zero."""
-    if rows_ND.shape[0] == 1:
-        pair: torch.Tensor = bridge(rows_ND.expand(2, -1))
-        return pair[:1]
-    if rows_ND.shape[0] == 0:
-        was_training = bridge.training
-        bridge.eval()
-        nothing: torch.Tensor = bridge(rows_ND)
-        bridge.train(was_training)
-        return nothing
-    value: torch.Tensor = bridge(rows_ND)
-    return value

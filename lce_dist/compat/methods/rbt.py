@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.collectives import sum_over_ranks
-from lce_dist.compat.bridges import build_bridge
+from lce_dist.compat.bridges import build_bridge, mapped
+from lce_dist.compat.frozen_rows import frozen_rows, softmax_over_frozen, steady_margin
 from lce_dist.compat.method import Card, Method, MethodBatch
-from lce_dist.compat.methods.lce import mapped
-from lce_dist.compat.methods.unibct import known_rows, softmax_over_known, steady_margin
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.config import HeadConfig, Manner
 
@@ -52,7 +51,7 @@ class Rbt(Method):
         self.bridge = bridge
         self._weight = weight
         self._margin = steady_margin(head)
-        self._old_rows = known_rows(space.centre_SD, space) if manner == "backward" else None
+        self._old_rows = frozen_rows(space.centre_SD, space) if manner == "backward" else None
 
     @classmethod
     def build(cls, inputs: MethodInputs) -> Rbt:
@@ -71,7 +70,7 @@ class Rbt(Method):
         # batch norms need all rows: each rank maps the whole global micro-batch, a few thousand products a row
         mapped_GE = F.normalize(mapped(self.bridge, there[0]))
         rows = self._old_rows if self._old_rows is not None else batch.head.rows
-        classified = softmax_over_known(
+        classified = softmax_over_frozen(
             mapped_GE, batch.labels_G, batch.weight_G, rows, self._margin, batch.head, batch.world
         )
         own = batch.own
