@@ -184,8 +184,8 @@ def plan_of(study: Study, chosen: Callable[[str], bool]) -> Plan:
     for seed in study.seeds:
         for source in study.sources:
             for scenario in study.scenarios:
-                old = _model_task(study, source, scenario.old, "old", seed)
-                new = _model_task(study, source, scenario.new, "new", seed)
+                old = model_task(study, source, scenario.old, "old", seed)
+                new = model_task(study, source, scenario.new, "new", seed)
                 for contestant in study.contestants:
                     if not chosen(f"{source.name}, {scenario.name}, {contestant.name}, seed {seed}"):
                         continue
@@ -197,7 +197,7 @@ def plan_of(study: Study, chosen: Callable[[str], bool]) -> Plan:
     return Plan(tuple(cells), tuple(tasks.values()))
 
 
-def _model_task(study: Study, source: Source, side: Side, role: Literal["old", "new"], seed: int) -> Task:
+def model_task(study: Study, source: Source, side: Side, role: Literal["old", "new"], seed: int) -> Task:
     budget = study.budgets[source.name]
     steps = budget.old_steps if role == "old" else budget.new_steps
     config = _config(study, source, side, side, {}, seed)
