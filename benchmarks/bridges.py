@@ -233,6 +233,8 @@ def picture_of(sizes: Sizes, result_of: Callable[[str, int, int], Result], model
         for (name, value), dash in zip(models.items(), (":", "--"), strict=True):
             panel.axhline(value, color="0.5", linestyle=dash, linewidth=1.0, label=f"{name} {value:.3f}")
         panel.set_xscale("log")
+        panel.set_xticks(sizes.counts, [f"{count:,}" for count in sizes.counts])
+        panel.minorticks_off()
         panel.set_xlabel("classes that the map is fitted to")
         panel.set_title(
             {"backward": "backward: T21 of new queries", "forward": "forward: T12 of the old gallery"}[manner]
