@@ -205,7 +205,7 @@ class CompatConfig(_Section):
     mode: the new model is trained to be compatible (``training-``) or both exist and a map between them is fitted
     (``mapping-``); ``direct`` compares vectors as they are, ``backward`` maps new queries into the old space,
     ``forward`` maps the stored old vectors into the new one. ``preset`` gives keys that are not set other values.
-    The weights that a config does not set follow ``head.scale`` (see ``weights_for``); here they stand for a scale of 64.
+    The weights that a config does not set follow ``head.scale`` (see ``weights_for``); here they are those of the direct manner at a scale of 64.
     """
 
     mode: Literal[
@@ -264,12 +264,14 @@ class CompatConfig(_Section):
         return -(-num_classes // MOST_MAPPED_CLASSES)
 
 
-def weights_for(scale: float) -> dict[str, object]:
+def weights_for(scale: float, mode: str) -> dict[str, object]:
     """Default weights of LCE under the head's scale: the slopes of the classification loss grow with it, so must theirs.
 
+    Through maps a quarter of the alignment: more of it holds the new rows in the old space's dimensions, for nothing.
     Chosen by ``benchmarks.compatibility`` (DESIGN.md, 2026-11-23).
     """
-    return {"align_weight": 2.0 * scale, "boundary_weight": scale / 16.0}
+    align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
+    return {"align_weight": align, "boundary_weight": scale / 16.0}
 
 
 _REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)
@@ -380,7 +382,8 @@ class Config(_Section):
         preset = PRESETS.get(str(compat.get("preset", "default"))) if isinstance(compat, dict) else None
         if preset is None:
             return values
-        filled = weights_for(_number(values.get("head"), "scale", 64.0)) | preset
+        mode = str(compat.get("mode", CompatConfig.model_fields["mode"].default))
+        filled = weights_for(_number(values.get("head"), "scale", 64.0), mode) | preset
         if compat.get("preset") == "reference-code":
             filled["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / _number(values.get("new"), "embedding_dim", 512.0)
         return {**values, "compat": {**filled, **compat}}
