@@ -98,9 +98,9 @@ def contestants() -> tuple[Contestant, ...]:
             rivals.append(Contestant(title, "training", (("method", name), ("mode", f"training-{manner}"))))
     maps = [Contestant("mapping direct, procrustes", "mapping", (("mode", "mapping-direct"),))]
     for manner, chosen in (("backward", MAP_BACKWARD), ("forward", MAP_FORWARD)):
-        for bridge in ("auto", "procrustes", "least_squares", "stacked", *(("mlp",) if manner == "forward" else ())):
-            title = chosen if bridge == "auto" else f"mapping {manner}, {bridge}"
-            title += " (FCT-style)" if bridge == "mlp" else ""
+        for bridge in ("auto", "procrustes", "least_squares", "paper", *(("fct",) if manner == "forward" else ())):
+            words = {"auto": chosen, "paper": f"mapping {manner}, the paper's T", "fct": "mapping forward, FCT"}
+            title = words.get(bridge, f"mapping {manner}, {bridge}")
             settings: list[tuple[str, Any]] = [("bridge", bridge), ("mode", f"mapping-{manner}")]
             if bridge != "auto":  # nothing is chosen: fewer identities have to be held out in turn
                 settings.append(("bridge_heldout", 0.5))

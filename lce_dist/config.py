@@ -195,7 +195,7 @@ MARGIN_KEYS: dict[str, tuple[str, ...]] = {
 
 
 Manner = Literal["direct", "backward", "forward"]
-BridgeKind = Literal["auto", "stacked", "linear", "mlp", "orthogonal", "procrustes", "least_squares"]
+BridgeKind = Literal["auto", "stacked", "linear", "mlp", "orthogonal", "procrustes", "least_squares", "paper", "fct"]
 MOST_MAPPED_CLASSES = 4096  # of a step, over all ranks, unless align_share says otherwise
 
 
@@ -255,7 +255,9 @@ class CompatConfig(_Section):
     @property
     def joint_bridge(self) -> Literal["stacked", "linear", "mlp", "orthogonal"]:
         """The map that is trained with the network; closed forms cannot be, and are fitted afterwards."""
-        return self.bridge if self.bridge in ("stacked", "mlp", "orthogonal") else "linear"
+        kinds: dict[str, Literal["stacked", "mlp", "orthogonal"]]
+        kinds = {"stacked": "stacked", "paper": "stacked", "mlp": "mlp", "fct": "mlp", "orthogonal": "orthogonal"}
+        return kinds.get(self.bridge, "linear")
 
     def align_period(self, num_classes: int) -> int:
         """In how many steps every class has its turn in an alignment through maps."""
@@ -283,9 +285,9 @@ PRESETS: dict[str, dict[str, object]] = {
         "boundary_weight": 10.0,
         "boundary": "angle",
         "boundary_policy": "max",
-        "bridge": "stacked",
+        "bridge": "paper",
     },
-    "reference-code": {"boundary": "cos", "boundary_policy": "max", "boundary_weight": 1.0, "bridge": "stacked"},
+    "reference-code": {"boundary": "cos", "boundary_policy": "max", "boundary_weight": 1.0, "bridge": "paper"},
 }
 
 
