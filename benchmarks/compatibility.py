@@ -75,7 +75,7 @@ def main() -> int:
 
 def cost(arguments: argparse.Namespace) -> int:
     num_classes = 10_000 if arguments.quick else 100_000
-    samples = measure_cost(num_classes, 5 if arguments.quick else 9, 0.5)
+    samples = measure_cost(num_classes, 5 if arguments.quick else 13, 0.5)
     marks = judge_cost(samples, num_classes)
     name = f"{NAME}-cost"
     return write_record(name, arguments.out, marks, raw_cost(samples, num_classes), file_stem(name))

@@ -37,7 +37,7 @@ class Lce(Method):
         frozenset({"centres"}),
         frozenset({"direct", "backward", "forward"}),
         "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks; nothing a image. Direct: inside the head's own "
-        "passes. With maps: two maps of at most 4,096 classes a step, and forward the old vectors of the batch",
+        "passes. With maps: two maps of at most 1,024 classes a step, and forward the old vectors of the batch",
     )
 
     def __init__(
