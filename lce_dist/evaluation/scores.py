@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lce_dist.errors import RunError
-from lce_dist.evaluation.metrics import EmbeddingSet, compare, far_key
-
-Pair = tuple[EmbeddingSet, EmbeddingSet]  # (query model, gallery model)
+from lce_dist.evaluation.counting import count_pairs
+from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.mates import Flips, Pair, flips_at, mates
+from lce_dist.evaluation.metrics import compare, far_key
 
 _STEPS_PER_UNIT = 1 << 20  # scores are multiples of 2^-20, as in ``compare``
 _BLOCK_SCORES = 1 << 22  # as ``compare`` cuts, so that the same products give the same scores
@@ -105,31 +106,8 @@ def reached_at(pair: Pair, threshold: float) -> Reached:
 
     Errors: RunError when there is no genuine or no impostor pair.
     """
-    level = round(threshold * _STEPS_PER_UNIT)
-    accepted, total = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64)
-    for block in score_blocks(*pair):
-        genuine_BN = block.mate_BN & ~block.same_image_BN
-        for kind, chosen_BN in enumerate((~block.mate_BN, genuine_BN)):
-            accepted[kind] += np.count_nonzero(chosen_BN & (block.level_BN >= level))
-            total[kind] += np.count_nonzero(chosen_BN)
-    if not total.all():
-        raise RunError(f"there are {total[1]} genuine and {total[0]} impostor pairs; must be at least 1 of each")
-    share = accepted / total
-    return Reached(threshold, float(share[0]), float(share[1]))
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Genuine pairs whose decision changes: accepted before and rejected after (negative), and the reverse."""
-
-    negative: int
-    positive: int
-    num_genuine: int
-
-    @property
-    def negative_rate(self) -> float:
-        """Of all genuine pairs."""
-        return self.negative / self.num_genuine
+    far, tar = count_pairs(*pair, [0.5]).shares_from(threshold)
+    return Reached(threshold, far, tar)
 
 
 def flips(before: Pair, after: Pair, far: float) -> Flips:
@@ -138,22 +116,13 @@ def flips(before: Pair, after: Pair, far: float) -> Flips:
     Errors: RunError when the images of the two queries, or of the two galleries, differ; and those of ``compare``.
     **Memory**: of two blocks of scores.
     """
-    for side, old, new in zip(("query", "gallery"), before, after, strict=True):
-        if not np.array_equal(old.sample_ids_N, new.sample_ids_N):
-            raise RunError(
-                f"the {side} images of {old.name!r} and {new.name!r} differ ({len(old.labels_N)} and {len(new.labels_N)}); "
-                "flips are counted pair by pair. Embed the same images, in the same order, with both models"
-            )
-    levels = [round(compare(*pair, [far]).threshold_at_far[far_key(far)] * _STEPS_PER_UNIT) for pair in (before, after)]
-    negative = positive = genuine = 0
-    for old_block, new_block in zip(score_blocks(*before), score_blocks(*after), strict=True):
-        genuine_BN = old_block.mate_BN & ~old_block.same_image_BN
-        was_P = old_block.level_BN[genuine_BN] >= levels[0]
-        is_P = new_block.level_BN[genuine_BN] >= levels[1]
-        negative += int(np.count_nonzero(was_P & ~is_P))
-        positive += int(np.count_nonzero(~was_P & is_P))
-        genuine += len(was_P)
-    return Flips(negative, positive, genuine)
+    thresholds = {
+        name: compare(*pair, [far]).threshold_at_far[far_key(far)] for name, pair in (("b", before), ("a", after))
+    }
+    total = Flips(0, 0, 0)
+    for some in mates({"b": before, "a": after}):
+        total += flips_at(some, "b", "a", thresholds)
+    return total
 
 
 @dataclass(frozen=True, eq=False)

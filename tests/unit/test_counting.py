@@ -1,0 +1,152 @@
+"""Pairs counted a square at a time, high levels only, against the obvious way."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from lce_dist.errors import RunError
+from lce_dist.evaluation import counting
+from lce_dist.evaluation.counting import NUM_LEVELS, PairCounts, count_at_all_levels, count_pairs
+from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.metrics import result_of
+
+FARS = (0.05, 0.01, 1e-3, 1e-4)
+
+
+@pytest.fixture
+def small_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is for millions of images, at sizes that a loop can follow."""
+    monkeypatch.setattr(counting, "MOST_PAIRS_AT_ALL_LEVELS", 0)
+    monkeypatch.setattr(counting, "_SIDE", {"cpu": 64})
+    monkeypatch.setattr(counting, "_SAMPLE_PAIRS", 1 << 12)
+    monkeypatch.setattr(counting, "_SAMPLE_ABOVE", 50)
+    monkeypatch.setattr(counting, "_GATHER_SCORES", 1000)
+
+
+def corners(seed: int, num: int, num_labels: int, first_id: int = 0, name: str = "m") -> EmbeddingSet:
+    """Rows of +-1/8 in 64 dimensions: every product is exact in float32, whatever the order of its sum; many ties."""
+    draw = np.random.default_rng(seed)
+    labels = draw.integers(0, num_labels, num)
+    likes = np.random.default_rng(5).choice([-1, 1], (num_labels, 64))[labels]
+    vectors = np.where(draw.random((num, 64)) < 0.25, -likes, likes) / 8.0
+    return EmbeddingSet(name, vectors.astype(np.float32), labels.astype(np.int64), np.arange(num) + first_id)
+
+
+def relabelled(one: EmbeddingSet, seed: int) -> EmbeddingSet:
+    """The same images by another model."""
+    other = corners(seed, len(one.labels_N), int(one.labels_N.max()) + 1)
+    likes = np.random.default_rng(5).choice([-1, 1], (int(one.labels_N.max()) + 1, 64))[one.labels_N]
+    flips = np.random.default_rng(seed).random(other.vectors_ND.shape) < 0.3
+    return EmbeddingSet(
+        "other", (np.where(flips, -likes, likes) / 8.0).astype(np.float32), one.labels_N, one.sample_ids_N
+    )
+
+
+def assert_same(fast: PairCounts, slow: PairCounts) -> None:
+    assert fast.num_genuine == slow.num_genuine
+    assert fast.num_impostor == slow.num_impostor
+    assert (fast.num_ranked, fast.num_correct) == (slow.num_ranked, slow.num_correct)
+    np.testing.assert_array_equal(fast.genuine_L, slow.genuine_L)
+    np.testing.assert_array_equal(fast.impostor_L[fast.exact_from :], slow.impostor_L[fast.exact_from :])
+    far_F = [far for far in FARS if far <= fast.exact_up_to_far]
+    assert far_F, "nothing was exact"
+    for one, other in zip(fast.operating_points(far_F), slow.operating_points(far_F), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("num_labels", [3, 40, 300])
+@pytest.mark.usefixtures("small_squares")
+def test_a_model_against_itself_and_others_is_counted_as_the_obvious_way_does(num_labels: int) -> None:
+    one = corners(1, 333, num_labels)
+    for gallery in (
+        one,
+        relabelled(one, 2),
+        corners(3, 150, num_labels, first_id=1200),
+        corners(4, 77, num_labels, 9000),
+    ):
+        fast = count_pairs(one, gallery, FARS)
+        assert fast.exact_from > 0 and fast.exact_up_to_far >= max(FARS)
+        assert_same(fast, count_at_all_levels(one, gallery))
+
+
+@pytest.mark.usefixtures("small_squares")
+def test_more_labels_of_one_kind_do_not_hide_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    # every score is the same: all above any cut, or none
+    vectors = np.full((200, 4), 0.5, dtype=np.float32)
+    one = EmbeddingSet("flat", vectors, np.repeat(np.arange(100), 2), np.arange(200))
+    fast, slow = count_pairs(one, one, [0.01]), count_at_all_levels(one, one)
+    assert_same_at = fast.operating_points([0.01]), slow.operating_points([0.01])
+    np.testing.assert_array_equal(*assert_same_at)
+    assert (fast.num_correct, fast.num_ranked) == (0, 200)
+    monkeypatch.setattr(counting, "_NEAR_FAR", 1e-3)  # a cut that is far too high at first is lowered until it serves
+    monkeypatch.setattr(counting, "_SAMPLE_ABOVE", 0)
+    low = corners(1, 333, 40)
+    counted = count_pairs(low, low, FARS)
+    assert counted.exact_up_to_far > max(FARS)
+    assert_same(counted, count_at_all_levels(low, low))
+
+
+@pytest.mark.usefixtures("small_squares")
+def test_estimates_below_the_cut_fill_the_sum_and_look_like_the_whole() -> None:
+    one = corners(1, 700, 60)
+    fast, slow = count_pairs(one, one, [1e-3]), count_at_all_levels(one, one)
+    assert fast.exact_up_to_far < 0.2 < 1.0 == slow.exact_up_to_far
+    near, whole = (result_of(counts, [1e-3]) for counts in (fast, slow))
+    assert near.tar_at_far == whole.tar_at_far and near.rank1 == whole.rank1
+    assert near.impostor_histogram.sum() == pytest.approx(whole.impostor_histogram.sum(), abs=200)
+    share = np.abs(near.impostor_histogram - whole.impostor_histogram).sum() / whole.impostor_histogram.sum()
+    assert 0.0 < share < 0.1
+    assert near.exact_up_to_far == fast.exact_up_to_far
+
+
+def test_counts_of_parts_add_up() -> None:
+    one, gallery = corners(1, 50, 5), corners(2, 60, 5, first_id=500)
+    parts = []
+    for chosen in (slice(0, 13), slice(13, 60)):
+        part = EmbeddingSet("p", gallery.vectors_ND[chosen], gallery.labels_N[chosen], gallery.sample_ids_N[chosen])
+        parts.append(count_at_all_levels(one, part))
+    both, whole = parts[0] + parts[1], count_at_all_levels(one, gallery)
+    np.testing.assert_array_equal(both.genuine_L, whole.genuine_L)
+    np.testing.assert_array_equal(both.impostor_L, whole.impostor_L)
+
+
+def test_shares_at_a_threshold_by_hand() -> None:
+    genuine_L, impostor_L = np.zeros(NUM_LEVELS, dtype=np.int64), np.zeros(NUM_LEVELS)
+    for score, genuine, impostor in ((0.75, 1, 0), (0.5, 2, 1), (0.25, 1, 3)):
+        genuine_L[counting.level_of(score)], impostor_L[counting.level_of(score)] = genuine, impostor
+    counts = PairCounts(genuine_L, impostor_L, 0, 0)
+    assert counts.shares_from(0.5) == (0.25, 0.75)
+    assert counts.shares_from(0.500001) == (0.0, 0.25)
+    assert counts.shares_from(-1.0) == (1.0, 1.0)
+    assert counts.shares_from(1.5) == (0.0, 0.0)
+
+
+@pytest.mark.usefixtures("small_squares")
+def test_refusals() -> None:
+    alone = corners(1, 100, 1)
+    with pytest.raises(RunError, match="0 impostor pairs"):
+        count_pairs(alone, alone, [0.1])
+    vectors = np.eye(8, dtype=np.float32)
+    nobody = EmbeddingSet("m", vectors, np.arange(8), np.arange(8))
+    with pytest.raises(RunError, match="0 genuine pairs"):
+        count_pairs(nobody, nobody, [0.1])
+
+
+def test_memory_stays_while_pairs_grow() -> None:
+    peaks = []
+    for num in (9_000, 18_000):
+        draw = np.random.default_rng(1)
+        vectors = draw.normal(size=(num, 8)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        one = EmbeddingSet("m", vectors, np.arange(num) // 3, np.arange(num))
+        torch.set_num_threads(1)
+        tracemalloc.start()
+        counts = count_pairs(one, one, [1e-3])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert counts.exact_from > 0 and counts.num_impostor == num * (num - 3)
+    assert peaks[1] < 1.1 * peaks[0] + 18_000 * 100
