@@ -89,16 +89,6 @@ class PairCounts:
         far = float(self.impostor_L[level:].sum()) / self.num_impostor
         return far, float(self.genuine_L[level:].sum()) / self.num_genuine
 
-    def __add__(self, other: PairCounts) -> PairCounts:
-        """Counts of two sets of pairs together, such as two parts of a gallery; ranks do not add up and are dropped."""
-        return PairCounts(
-            self.genuine_L + other.genuine_L,
-            self.impostor_L + other.impostor_L,
-            0,
-            0,
-            max(self.exact_from, other.exact_from),
-        )
-
 
 def level_of(score: float) -> int:
     """The level of a score or threshold."""

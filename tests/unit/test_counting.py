@@ -103,17 +103,6 @@ def test_estimates_below_the_cut_fill_the_sum_and_look_like_the_whole() -> None:
     assert near.exact_up_to_far == fast.exact_up_to_far
 
 
-def test_counts_of_parts_add_up() -> None:
-    one, gallery = corners(1, 50, 5), corners(2, 60, 5, first_id=500)
-    parts = []
-    for chosen in (slice(0, 13), slice(13, 60)):
-        part = EmbeddingSet("p", gallery.vectors_ND[chosen], gallery.labels_N[chosen], gallery.sample_ids_N[chosen])
-        parts.append(count_at_all_levels(one, part))
-    both, whole = parts[0] + parts[1], count_at_all_levels(one, gallery)
-    np.testing.assert_array_equal(both.genuine_L, whole.genuine_L)
-    np.testing.assert_array_equal(both.impostor_L, whole.impostor_L)
-
-
 def test_shares_at_a_threshold_by_hand() -> None:
     genuine_L, impostor_L = np.zeros(NUM_LEVELS, dtype=np.int64), np.zeros(NUM_LEVELS)
     for score, genuine, impostor in ((0.75, 1, 0), (0.5, 2, 1), (0.25, 1, 3)):
