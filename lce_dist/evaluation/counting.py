@@ -83,11 +83,13 @@ class PairCounts:
         level_F = np.where(next_F < len(taken), taken[np.minimum(next_F, len(taken) - 1)], lowest_F)
         return genuine_from_L[level_F] / genuine_from_L[0], level_F / STEPS_PER_UNIT - 1.0
 
-    def shares_from(self, threshold: float) -> tuple[float, float]:
-        """FAR and TAR at a given threshold."""
-        level = min(max(level_of(threshold), 0), NUM_LEVELS)
-        far = float(self.impostor_L[level:].sum()) / self.num_impostor
-        return far, float(self.genuine_L[level:].sum()) / self.num_genuine
+    def far_from(self, threshold: float) -> float:
+        """Share of impostors at or above a threshold."""
+        return float(self.impostor_L[max(level_of(threshold), 0) :].sum()) / self.num_impostor
+
+    def tar_from(self, threshold: float) -> float:
+        """Share of genuine pairs at or above a threshold."""
+        return float(self.genuine_L[max(level_of(threshold), 0) :].sum()) / self.num_genuine
 
 
 def level_of(score: float) -> int:
@@ -102,15 +104,10 @@ def count_pairs(
 
     The same vectors as query and gallery are scored once a pair of images.
     Errors: RunError when dimensions differ, an image has two labels, or there is no genuine or no impostor pair.
-    **Collectives**: three all-reduces of 16 MB; every rank passes all vectors and returns the same counts.
-    **Memory**: 16 MiB of scores (a GPU: 1 GiB), 100 MB of counts, 16 bytes an image; pairs are not kept.
+    **Collectives**: three all-reduces of 34 MB; every rank passes all vectors and returns the same counts.
+    **Memory**: 16 MiB of scores (a GPU: 1 GiB), 150 MB of counts, 16 bytes an image; pairs are not kept.
     """
-    check_comparable(query, gallery)
-    world = world or World()
-    if len(query.labels_N) * len(gallery.labels_N) <= MOST_PAIRS_AT_ALL_LEVELS:
-        counts = count_at_all_levels(query, gallery)
-    else:
-        counts = _count_high_levels(query, gallery, max(fars), world)
+    counts = count_part(query, gallery, max(fars), world)
     if counts.num_genuine == 0 or counts.num_impostor == 0:
         kind, need = (
             ("genuine", "an identity with two images") if counts.num_genuine == 0 else ("impostor", "two identities")
@@ -120,6 +117,16 @@ def count_pairs(
             f"({len(gallery.labels_N)} images) have 0 {kind} pairs; TAR at FAR needs at least 1. Hold out {need}"
         )
     return counts
+
+
+def count_part(
+    query: EmbeddingSet, gallery: EmbeddingSet, largest_far: float, world: World | None = None
+) -> PairCounts:
+    """As :func:`count_pairs`, also where there is no genuine or no impostor pair."""
+    check_comparable(query, gallery)
+    if len(query.labels_N) * len(gallery.labels_N) <= MOST_PAIRS_AT_ALL_LEVELS:
+        return count_at_all_levels(query, gallery)
+    return _count_high_levels(query, gallery, largest_far, world or World())
 
 
 def check_comparable(query: EmbeddingSet, gallery: EmbeddingSet) -> None:

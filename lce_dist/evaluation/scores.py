@@ -106,8 +106,8 @@ def reached_at(pair: Pair, threshold: float) -> Reached:
 
     Errors: RunError when there is no genuine or no impostor pair.
     """
-    far, tar = count_pairs(*pair, [0.5]).shares_from(threshold)
-    return Reached(threshold, far, tar)
+    counts = count_pairs(*pair, [0.5])
+    return Reached(threshold, counts.far_from(threshold), counts.tar_from(threshold))
 
 
 def flips(before: Pair, after: Pair, far: float) -> Flips:

@@ -108,10 +108,14 @@ def test_shares_at_a_threshold_by_hand() -> None:
     for score, genuine, impostor in ((0.75, 1, 0), (0.5, 2, 1), (0.25, 1, 3)):
         genuine_L[counting.level_of(score)], impostor_L[counting.level_of(score)] = genuine, impostor
     counts = PairCounts(genuine_L, impostor_L, 0, 0)
-    assert counts.shares_from(0.5) == (0.25, 0.75)
-    assert counts.shares_from(0.500001) == (0.0, 0.25)
-    assert counts.shares_from(-1.0) == (1.0, 1.0)
-    assert counts.shares_from(1.5) == (0.0, 0.0)
+    for threshold, far, tar in (
+        (0.5, 0.25, 0.75),
+        (0.500001, 0.0, 0.25),
+        (-1.0, 1.0, 1.0),
+        (-3.0, 1.0, 1.0),
+        (1.5, 0.0, 0.0),
+    ):
+        assert (counts.far_from(threshold), counts.tar_from(threshold)) == (far, tar)
 
 
 @pytest.mark.usefixtures("small_squares")
