@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,18 +17,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from launch.bridge import bridge_stage, some_identities
-from launch.prepare import open_old_model
-from launch.report import write_report
+from launch.prepare import heldout_attributes, open_old_model
+from launch.report import RunFacts, write_report
 from launch.stored import StoredOld, open_stored
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.artefact import read_card
 from lce_dist.compat.boundaries import BoundaryPolicy
+from lce_dist.compat.closed_form import PairSums
+from lce_dist.compat.closed_form import procrustes as procrustes_of
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
 from lce_dist.config import MARGIN_KEYS, Config, DataConfig, Manner, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
-from lce_dist.evaluation.metrics import EmbeddingSet
+from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.matrix import build_matrix, cells_of
+from lce_dist.evaluation.upgrade import examine
 from lce_dist.head.classifier import OldRows, save_classifier
 from lce_dist.head.identity import identity_tensor
 from lce_dist.head.rows import local_classes
@@ -46,6 +51,7 @@ from pipelines.stream import ImageStream, block_plan, training_plan
 # same matrix product, so vectors, centres and scores are the same on any number of ranks.
 _BLOCK_ROWS = 128
 _CACHE_BYTES = 2 << 30
+_ROTATION_IMAGES = 20_000  # that the rotation beside the report is fitted to
 
 OldModel = nn.Module | StoredOld
 
@@ -112,30 +118,68 @@ def run_job(job: Job, world: World, report: Report) -> None:
         independent = _network(job, "independent", config.new, train_view, None, world, report)
         nets["independent"] = (independent, config.new.embedding_dim)
 
-    report({"type": "stage_start", "stage": "evaluation", "total_steps": len(nets), "first_step": 0})
+    # the models, what a rotation alone would give, the pairs, the report
+    total_steps = len(nets) + 3
+    steps = itertools.count(1)
+
+    def step_done() -> None:
+        event = {"type": "metrics", "stage": "evaluation", "step": next(steps), "total_steps": total_steps}
+        report({**event, "metrics": {}, "eta_s": 0.0})
+
+    report({"type": "stage_start", "stage": "evaluation", "total_steps": total_steps, "first_step": 0})
     sets: dict[str, EmbeddingSet] = {}
-    for done, (name, (net, dim)) in enumerate(nets.items(), 1):
+    for name, (net, dim) in nets.items():
         if isinstance(net, StoredOld) and net.by == "identity":
             rounds = net.identity_rounds(test_view, world)
         else:
             rounds = _embedded(job, net, dim, test_view, world)
         vectors, labels, ids = gather_all(rounds(), world)
         sets[name] = EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
-        report(
-            {
-                "type": "metrics",
-                "stage": "evaluation",
-                "step": done,
-                "total_steps": len(nets),
-                "metrics": {},
-                "eta_s": 0.0,
-            }
-        )
+        step_done()
+    rotated = _rotated(job, nets, sets, train_view, world)
+    step_done()
+    cells = cells_of(sets["old"], sets["new"], sets.get("independent"), _crossing(sets, bridge, config.compat.manner))
+    matrix = build_matrix(cells, config.evaluation.fars, world)
+    procrustes = build_matrix(rotated, config.evaluation.fars, world)
+    step_done()
     if world.is_first:
-        crossing = _crossing(sets, bridge, config.compat.manner)
+        # the rest is decided by few pairs: one rank, on its device
+        columns = heldout_attributes(config, job.base_dir, dataset, sets["new"].sample_ids_N)
+        alone = World(device=world.device)
+        upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, alone)
         card = None if bridge is None else read_card(job.run_dir / "bridge")
-        write_report(job.run_dir, config, job.fingerprint, sets, _read_speeds(job.run_dir), world, card, crossing)
+        spaces = fingerprint(new), _fingerprint_of(old)
+        facts = RunFacts(job.fingerprint, *spaces, _read_speeds(job.run_dir), world.size, world.num_nodes, card)
+        write_report(job.run_dir, config, facts, upgrade, procrustes)
+        step_done()
         report({"type": "stage_done", "stage": "evaluation"})
+
+
+def _rotated(
+    job: Job, nets: dict[str, tuple[OldModel, int]], sets: dict[str, EmbeddingSet], view: View, world: World
+) -> dict[str, tuple[EmbeddingSet, EmbeddingSet]]:
+    """Cells of new models whose vectors are rotated onto the old ones' by Procrustes over some training images.
+
+    What needs no compatible training at all; nothing where the old vectors are one an identity.
+    """
+    old, old_dim = nets["old"]
+    if isinstance(old, StoredOld) and old.by == "identity":
+        return {}
+    some = view.dataset.select(some_identities(view, job.config.run.seed, _ROTATION_IMAGES))
+    cells = {}
+    for name in ("new", "independent"):
+        if name in nets:
+            net, dim = nets[name]
+            passes = zip(
+                _embedded(job, net, dim, some, world)(), _embedded(job, old, old_dim, some, world)(), strict=True
+            )
+            sums = PairSums.over(((one.unit_bD, other.unit_bD) for one, other in passes), dim, old_dim, world)
+            turn_ED = procrustes_of(sums).to(torch.float32)
+            one = sets[name]
+            turned = F.normalize(torch.from_numpy(one.vectors_ND) @ turn_ED.T)
+            mapped = EmbeddingSet(f"{name} rotated", turned.numpy(), one.labels_N, one.sample_ids_N)
+            cells[f"{name}_old"] = (mapped, sets["old"])
+    return cells
 
 
 def _crossing(

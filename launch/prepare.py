@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from launch.stored import check_against_vectors, open_stored
@@ -24,6 +25,7 @@ from lce_dist.models.old_model import FrozenModel, ModelFile, open_model
 from lce_dist.models.preprocess import InputSpec
 from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
+from pipelines.attributes import Columns, attributes_of, drawn_attributes
 from pipelines.manifest import IdentitySplit, PackedDataset, split_identities
 from pipelines.pack import pack_folder, pack_images, source_fingerprint
 from pipelines.synthetic import identity_key, photos
@@ -129,6 +131,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
     )
     heldout = dataset.select(split.heldout)
+    heldout_attributes(config, Path(), dataset, heldout.sample_ids)
     if np.bincount(heldout.labels).max() < 2:
         raise DataError(
             f"none of the {len(split.heldout)} held-out identities has 2 images; evaluation compares images of one "
@@ -153,6 +156,15 @@ def open_old_model(config: Config, base_dir: Path, device: torch.device) -> Froz
     seen = InputSpec(old.input.size, old.input.channels, old.input.mean, old.input.std, old.input.flip_average)
     file = ModelFile(base_dir / old.weights, old.net, old.embedding_dim, seen)
     return open_model(file, config.data.image_size, device)
+
+
+def heldout_attributes(
+    config: Config, base_dir: Path, dataset: PackedDataset, sample_ids: npt.NDArray[np.int64]
+) -> Columns:
+    """By what images are grouped in the report: the file that the config names, or what the embedded faces were drawn with."""
+    if config.evaluation.attributes is not None:
+        return attributes_of(base_dir / config.evaluation.attributes, dataset, sample_ids)
+    return {} if config.data.synthetic is None else drawn_attributes(config.data.synthetic, sample_ids)
 
 
 def check_method(config: Config) -> None:

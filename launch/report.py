@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from lce_dist.config import Config
+from lce_dist.errors import ConfigError
 from lce_dist.evaluation.figures import matrix_heat_map, roc, similarity_histograms
-from lce_dist.evaluation.matrix import build_matrix, criterion, report_entries
-from lce_dist.evaluation.metrics import EmbeddingSet
-from lce_dist.world import World
+from lce_dist.evaluation.matrix import report_entries
+from lce_dist.evaluation.metrics import PairResult
+from lce_dist.evaluation.upgrade import Upgrade, upgrade_entries
+from lce_dist.evaluation.upgrade_figures import backfill_curves, det, flips_bars, groups_plot
 
 _TITLES = {
     "old_old": "M(old, old)",
@@ -21,47 +25,65 @@ _TITLES = {
     "independent_old": "M(independent new, old)",
     "independent_new": "M(independent new, itself)",
 }
+_ROTATED = {"new_old": "M(new rotated, old)", "independent_old": "M(independent rotated, old)"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the report says of the run itself; space, parent_space: fingerprints of new and old model; bridge: its map's card."""
+
+    fingerprint: str
+    space: str
+    parent_space: str
+    images_per_s: dict[str, float]
+    num_ranks: int
+    num_nodes: int
+    bridge: dict[str, Any] | None
 
 
 def write_report(
-    run_dir: Path,
-    config: Config,
-    fingerprint: str,
-    sets: dict[str, EmbeddingSet],
-    images_per_s: dict[str, float],
-    world: World,
-    bridge: dict[str, Any] | None = None,
-    crossing: tuple[EmbeddingSet, EmbeddingSet] | None = None,
+    run_dir: Path, config: Config, facts: RunFacts, upgrade: Upgrade, rotated: Mapping[str, PairResult]
 ) -> None:
-    """Score every pair of models (new against old by ``crossing``, through the map ``bridge``), write ``report.json`` (last, atomically) and ``figures/*.png``."""
-    evaluation = config.evaluation
-    matrix = build_matrix(sets["old"], sets["new"], sets.get("independent"), evaluation.fars, crossing)
-    verdict = criterion(matrix, evaluation.criterion_far)
-    entries = report_entries(matrix)
+    """Write ``figures/*.png`` and ``report.json`` (last, atomically); rotated: cells through Procrustes alone."""
     report: dict[str, Any] = {
-        **entries,
+        **upgrade_entries(upgrade),
+        "procrustes": report_entries(rotated),
         "mode": config.compat.mode,
         "method": None if config.compat.maps_only else config.compat.method,
-        "bridge": bridge,
-        "criterion_met": verdict.met,
-        "criterion_far": evaluation.criterion_far,
-        "reasons": list(verdict.reasons),
-        "update_gain": verdict.update_gain,
-        "num_nodes": world.num_nodes,
-        "num_ranks": world.size,
-        "images_per_s": images_per_s.get("new", 0.0),
-        "images_per_s_by_stage": images_per_s,
-        "fingerprint": fingerprint,
-        "num_heldout_images": len(sets["new"].labels_N),
+        "bridge": facts.bridge,
+        "num_nodes": facts.num_nodes,
+        "num_ranks": facts.num_ranks,
+        "images_per_s": facts.images_per_s.get("new", 0.0),
+        "images_per_s_by_stage": facts.images_per_s,
+        "fingerprint": facts.fingerprint,
+        "space": facts.space,
+        "parent_space": facts.parent_space,
+        "num_heldout_images": upgrade.num_images,
     }
-    figures = run_dir / "figures"
-    figures.mkdir(exist_ok=True)
-    matrix_heat_map(entries, evaluation.criterion_far).savefig(figures / "matrix.png", dpi=150)
-    roc(matrix).savefig(figures / "roc.png", dpi=150)
-    similarity_histograms(matrix, evaluation.criterion_far).savefig(figures / "similarities.png", dpi=150)
+    draw_figures(run_dir / "figures", upgrade)
     partial = run_dir / "report.json.partial"
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.replace(run_dir / "report.json")
+
+
+def draw_figures(folder: Path, upgrade: Upgrade) -> None:
+    """Every picture of the upgrade as a PNG."""
+    folder.mkdir(exist_ok=True)
+    matrix, far = upgrade.matrix, upgrade.far
+    figures = {
+        "matrix": matrix_heat_map(report_entries(matrix), far),
+        "roc": roc(matrix),
+        "det": det(matrix),
+        "similarities": similarity_histograms(matrix, far),
+    }
+    if upgrade.flips:
+        figures["flips"] = flips_bars(upgrade.flips, far)
+    if upgrade.backfill is not None:
+        figures["backfill"] = backfill_curves(upgrade.backfill)
+    if upgrade.slices:
+        figures["groups"] = groups_plot(upgrade.slices, far)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
 
 
 def result_table(report: dict[str, Any]) -> Table:
@@ -74,8 +96,29 @@ def result_table(report: dict[str, Any]) -> Table:
     table.add_column("rank-1", justify="right")
     through = {"training-backward": "M(T21 new, old)", "training-forward": "M(new, T12 old)"}
     through |= {"mapping-backward": "M(T21 new, old)", "mapping-forward": "M(new, T12 old)"}
-    for key, title in (_TITLES | {"new_old": through.get(report["mode"], _TITLES["new_old"])}).items():
-        if key in report:
-            entry = report[key]
-            table.add_row(title, *(f"{entry['tar_at_far'][far]:.3f}" for far in fars), f"{entry['rank1']:.3f}")
+    titles = _TITLES | {"new_old": through.get(report["mode"], _TITLES["new_old"])}
+    rotated = report.get("procrustes", {})  # absent in reports of earlier versions
+    rows = [(title, report[key]) for key, title in titles.items() if key in report]
+    rows += [(title, rotated[key]) for key, title in _ROTATED.items() if key in rotated]
+    for title, entry in rows:
+        table.add_row(title, *(f"{entry['tar_at_far'][far]:.3f}" for far in fars), f"{entry['rank1']:.3f}")
     return table
+
+
+def open_report(run_dir: Path) -> dict[str, Any]:
+    """The report of a finished run. Errors: ConfigError where there is none, or it is damaged."""
+    report = read_report(run_dir / "report.json")
+    if report is None:
+        raise ConfigError(f"{run_dir} holds no report.json; name the directory of a run that has finished")
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """The report that lies there, or None. Errors: ConfigError for a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ConfigError(f"{path} is damaged; remove it and run the same command again") from None
+    return report

@@ -314,10 +314,11 @@ class OptimConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """All pairs of the held-out identities' images."""
+    """All pairs of the held-out identities' images; ``attributes``: a .csv or .parquet by whose columns they are grouped."""
 
     fars: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (1e-2, 1e-3)
     criterion_far: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-2
+    attributes: str | None = None
 
     @field_validator("fars", mode="before")
     @classmethod
@@ -331,6 +332,27 @@ class EvaluationConfig(_Section):
         return self
 
 
+Off = Literal["off"]
+
+
+class GateConfig(_Section):
+    """What an upgrade must reach before it is shipped (``lce gate``), all at evaluation.criterion_far; "off": not asked.
+
+    confidence: share of samples of identities in which M(n,o) > M(o,o). min_self_gain: of M(n,n) - M(o,o). min_self_ratio: of
+    M(n,n) / M(*,*), asked where an independent model was trained. max_far_ratio: FAR reached when the old threshold is kept, over
+    the wanted one. max_negative_flips: of all genuine pairs. min_slice_gain: of M(n,o) - M(o,o) in the worst group
+    of at least min_slice_images images.
+    """
+
+    confidence: Fraction | Off = 0.95
+    min_self_gain: float | Off = 0.0
+    min_self_ratio: Positive | Off = 0.97
+    max_far_ratio: Positive | Off = "off"
+    max_negative_flips: Fraction | Off = 0.1
+    min_slice_gain: float | Off = -0.02
+    min_slice_images: Count = 100
+
+
 class CheckpointConfig(_Section):
     """How often a stage is saved: in steps; the measurement of the old space in rounds of 128 images a rank."""
 
@@ -340,10 +362,14 @@ class CheckpointConfig(_Section):
 
 
 class TrackingConfig(_Section):
-    """MLflow. Without ``uri`` a SQLite store under run.dir is used; secrets come from the environment."""
+    """MLflow. Without ``uri`` a SQLite store under run.dir is used; secrets come from the environment.
+
+    model: under which name new models are registered (default: run.name).
+    """
 
     uri: str | None = None
     experiment: str = "lce-dist"
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] | None = None
     every_steps: Count = 5
 
     @field_validator("uri")
@@ -370,6 +396,7 @@ class Config(_Section):
     compat: CompatConfig = CompatConfig()
     optim: OptimConfig = OptimConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -419,6 +446,7 @@ class Config(_Section):
             ("data", "shards"),
             ("old", "weights"),
             ("old", "vectors"),
+            ("evaluation", "attributes"),
             ("new", "weights"),
             ("head", "start_from"),
         )
@@ -450,9 +478,14 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"config {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config {path} is not valid TOML: {error}") from None
-    for override in overrides or []:
+    return parse_config(with_overrides(values, overrides or []), str(path))
+
+
+def with_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """``values`` with each ``a.b=value`` in its place, changed where they are. Errors: ConfigError naming the override."""
+    for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: dict[str, Any], origin: str, json_mode: bool = False) -> Config:

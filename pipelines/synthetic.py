@@ -206,6 +206,23 @@ def draw_photo(seed: int, identity: int, photo: int, size: int, difficulty: floa
     return _expose(canvas, relief, sketch, draws)
 
 
+def photo_attributes(config: SyntheticConfig, identity: int, photo: int) -> dict[str, str]:
+    """What a photo was drawn with, in words: what covers the face, how it is lit, how far it turns, how dark the skin is."""
+    draws = _Draws(config.seed, 1, identity, photo)
+    c = PhotoConditions(**draws.traits(PhotoConditions, config.difficulty))
+    strengths = {"glasses": c.glasses + 0.2} | {
+        name: getattr(c, name) for name in ("sunglasses", "hat", "scarf", "hand")
+    }
+    cover = max(strengths, key=lambda name: strengths[name])
+    depth = _person(config.seed, identity).skin_depth
+    return {
+        "cover": cover if _cover(strengths[cover]) > 0 else "none",
+        "light": "dark" if c.exposure < -0.2 else "bright" if c.exposure > 0.2 else "even",
+        "pose": "turned" if abs(c.yaw_rad) > 0.3 else "frontal",
+        "skin": "light" if depth < 0.28 else "dark" if depth > 0.40 else "medium",
+    }
+
+
 def photos(config: SyntheticConfig, num_processes: int) -> Iterator[tuple[str, str, bytes]]:
     """Yield (identity key, image name, JPEG bytes) of the whole data set, ordered by identity, then photo.
 

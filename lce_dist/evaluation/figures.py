@@ -25,7 +25,7 @@ from lce_dist.evaluation.metrics import HISTOGRAM_EDGES, Counts, Floats, PairRes
 
 Series = Mapping[str, Sequence[tuple[int, float]]]
 
-_PAIR_COLOURS = {
+PAIR_COLOURS = {
     "old_old": "#4d4d4d",
     "new_old": "#d55e00",
     "new_new": "#0072b2",
@@ -52,7 +52,7 @@ def matrix_heat_map(entries: Mapping[str, Mapping[str, Any]], far: float) -> Fig
         query, gallery = PAIRS[key]
         grid[row_of[query], row_of[gallery]] = value
     side = 1.75 * len(models)
-    figure = _figure(side + 2.6, side + 1.5)
+    figure = new_figure(side + 2.6, side + 1.5)
     axes = figure.add_subplot()
     axes.set_facecolor("#f2f2f2")
     image = axes.imshow(grid, vmin=0.0, vmax=1.0, cmap="Blues")
@@ -97,7 +97,7 @@ def generations_heat_map(generations: Generations, far: float) -> Figure:
     """
     count = len(generations.names)
     side = 1.5 * count
-    figure = _figure(side + 2.8, side + 1.5)
+    figure = new_figure(side + 2.8, side + 1.5)
     axes = figure.add_subplot()
     axes.set_facecolor("#f2f2f2")
     image = axes.imshow(generations.tar_GG, vmin=0.0, vmax=1.0, cmap="Blues")
@@ -111,7 +111,7 @@ def generations_heat_map(generations: Generations, far: float) -> Figure:
                 for edge, width in (("white", 8), (_MET if met else _NOT_MET, 4)):
                     corner = (column - 0.475, row - 0.475)
                     axes.add_patch(Rectangle(corner, 0.95, 0.95, fill=False, edgecolor=edge, linewidth=width, zorder=3))
-    names = [_wrapped(name, 14) for name in generations.names]
+    names = [wrapped(name, 14) for name in generations.names]
     axes.set_xticks(range(count), names)
     axes.set_yticks(range(count), names, rotation=90, va="center")
     axes.tick_params(which="both", length=0)
@@ -128,11 +128,11 @@ def generations_heat_map(generations: Generations, far: float) -> Figure:
 
 def roc(matrix: Mapping[str, PairResult]) -> Figure:
     """TAR over FAR (logarithmic), one line a model pair."""
-    figure = _figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.add_subplot()
     for key, result in matrix.items():
         far, tar = result.roc
-        axes.plot(far, tar, color=_PAIR_COLOURS[key], linewidth=2, label=_pair_label(key))
+        axes.plot(far, tar, color=PAIR_COLOURS[key], linewidth=2, label=pair_label(key))
     axes.set_xscale("log")
     axes.set_xlim(min((result.roc[0][0] for result in matrix.values()), default=1e-4), 1.0)
     axes.set_ylim(0.0, 1.01)
@@ -141,7 +141,7 @@ def roc(matrix: Mapping[str, PairResult]) -> Figure:
     axes.set_xlabel("FAR (share of impostor pairs accepted)")
     axes.set_ylabel("TAR (share of genuine pairs accepted)")
     axes.set_title("ROC over all pairs of held-out images")
-    _legend_right(axes, "query / gallery")
+    legend_right(axes, "query / gallery")
     return figure
 
 
@@ -150,10 +150,10 @@ def similarity_histograms(matrix: Mapping[str, PairResult], far: float) -> Figur
 
     Errors: RunError when ``far`` is not among the results' FARs.
     """
-    figure = _figure(8.0, 0.9 + 1.75 * len(matrix))
+    figure = new_figure(8.0, 0.9 + 1.75 * len(matrix))
     panels = figure.subplots(len(matrix), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, result) in zip(panels, matrix.items(), strict=True):
-        colour = _PAIR_COLOURS[key]
+        colour = PAIR_COLOURS[key]
         impostor = _density(result.impostor_histogram)
         axes.stairs(impostor, HISTOGRAM_EDGES, color="#8a8a8a", hatch="////", linewidth=0.8, label="impostor")
         genuine = _density(result.genuine_histogram)
@@ -162,12 +162,12 @@ def similarity_histograms(matrix: Mapping[str, PairResult], far: float) -> Figur
         threshold = _at(key, result.threshold_at_far, far)
         tar = _at(key, result.tar_at_far, far)
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
-        axes.set_title(f"{_pair_label(key)}: TAR {tar:.4f}", loc="left", fontsize=10, color=colour, weight="bold")
+        axes.set_title(f"{pair_label(key)}: TAR {tar:.4f}", loc="left", fontsize=10, color=colour, weight="bold")
         axes.set_ylim(bottom=0.0)
         axes.set_ylabel("density")
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.spines[["top", "right"]].set_visible(False)
-        _legend_right(axes)
+        legend_right(axes)
     seen = np.flatnonzero(sum(result.genuine_histogram + result.impostor_histogram for result in matrix.values()))
     if seen.size:
         panels[-1].set_xlim(HISTOGRAM_EDGES[seen[0]] - 0.02, HISTOGRAM_EDGES[seen[-1] + 1] + 0.02)
@@ -179,41 +179,43 @@ def similarity_histograms(matrix: Mapping[str, PairResult], far: float) -> Figur
 
 def training_curves(series: Series, title: str, ylabel: str) -> Figure:
     """Values over optimizer steps: raw in a faint line, smoothed over about 4 % of the points in a strong one."""
-    figure = _figure(7.6, 4.2)
+    figure = new_figure(7.6, 4.2)
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(series.items()):
         _draw_series(axes, index, name, points)
-    axes.set_title(_wrapped(title, 70))
+    axes.set_title(wrapped(title, 70))
     axes.set_ylabel(ylabel)
     _finish_steps(axes)
     if len(series) > 1:
-        _legend_right(axes)
+        legend_right(axes)
     return figure
 
 
 def loss_overlay(curves: Series, title: str) -> Figure:
     """Losses of several runs over optimizer steps, with each run's last smoothed value in the legend."""
-    figure = _figure(8.2, 4.4)
+    figure = new_figure(8.2, 4.4)
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(curves.items()):
         line = _draw_series(axes, index, name, points)
         values = np.asarray(line.get_ydata(), dtype=np.float64)
         ending = f"ends at {values[-1]:.4g}" if values.size else "no points"
-        line.set_label(f"{_wrapped(name, 24)}\n{ending}")
-    axes.set_title(_wrapped(title, 70))
+        line.set_label(f"{wrapped(name, 24)}\n{ending}")
+    axes.set_title(wrapped(title, 70))
     axes.set_ylabel("loss")
     _finish_steps(axes)
-    _legend_right(axes, "run")
+    legend_right(axes, "run")
     return figure
 
 
-def _figure(width_in: float, height_in: float) -> Figure:
+def new_figure(width_in: float, height_in: float) -> Figure:
+    """An empty page of that size in inches."""
     figure = Figure(figsize=(width_in, height_in), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _pair_label(key: str) -> str:
+def pair_label(key: str) -> str:
+    """Query and gallery model of a cell, for people."""
     return " / ".join(PAIRS[key])
 
 
@@ -240,7 +242,7 @@ def _draw_series(axes: Axes, index: int, name: str, points: Sequence[tuple[int, 
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.28, label="_raw")
     marker = "o" if len(values) == 1 else ""
     (line,) = axes.plot(
-        steps, _smoothed(values), color=colour, linewidth=1.8, linestyle=dashes, marker=marker, label=_wrapped(name, 24)
+        steps, _smoothed(values), color=colour, linewidth=1.8, linestyle=dashes, marker=marker, label=wrapped(name, 24)
     )
     return line
 
@@ -264,7 +266,8 @@ def _finish_steps(axes: Axes) -> None:
     axes.margins(x=0.01)
 
 
-def _legend_right(axes: Axes, title: str | None = None) -> None:
+def legend_right(axes: Axes, title: str | None = None) -> None:
+    """A legend where no curve runs."""
     # Outside the axes, so that no curve ever runs under it.
     if axes.get_legend_handles_labels()[0]:
         legend = axes.legend(
@@ -273,5 +276,6 @@ def _legend_right(axes: Axes, title: str | None = None) -> None:
         legend.set_alignment("left")
 
 
-def _wrapped(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width)) or text

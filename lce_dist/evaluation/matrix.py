@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from lce_dist.errors import RunError
-from lce_dist.evaluation.metrics import EmbeddingSet, PairResult, compare, far_key
+from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.metrics import PairResult, compare, far_key
+from lce_dist.world import World
 
 # Key of a cell -> (query model, gallery model). "independent_new" is the paragon's self-test, M(*,*) in the paper.
 PAIRS: dict[str, tuple[str, str]] = {
@@ -39,18 +41,16 @@ class Verdict:
     update_gain: float | None
 
 
-def build_matrix(
+def cells_of(
     old: EmbeddingSet,
     new: EmbeddingSet,
     independent: EmbeddingSet | None,
-    fars: Sequence[float],
     crossing: tuple[EmbeddingSet, EmbeddingSet] | None = None,
-) -> dict[str, PairResult]:
-    """Compare the models pair by pair; keys and their meaning are ``PAIRS``, the last two only with ``independent``.
+) -> dict[str, tuple[EmbeddingSet, EmbeddingSet]]:
+    """Query and gallery of each cell; keys and their meaning are ``PAIRS``, the last two only with ``independent``.
 
-    crossing: the query and gallery sets of "new_old" where a map stands between the models (None: as they are).
-    An old set of one vector an identity has no pairs of its own: "old_old" is left out.
-    Errors: RunError of :func:`~lce_dist.evaluation.metrics.compare`. **Memory**: of one comparison at a time.
+    crossing: those of "new_old" where a map stands between the models (None: as they are). Where dimensions differ an
+    independent model has no cross-test. An old set of one vector an identity has no pairs of its own: "old_old" is left out.
     """
     models = {"old": old, "new": new}
     if independent is not None:
@@ -60,7 +60,19 @@ def build_matrix(
         sides["new_old"] = crossing
     if len(np.unique(old.labels_N)) == len(old.labels_N):
         del sides["old_old"]
-    return {key: compare(*pair, fars) for key, pair in sides.items()}
+    if independent is not None and independent.vectors_ND.shape[1] != old.vectors_ND.shape[1]:
+        del sides["independent_old"]
+    return sides
+
+
+def build_matrix(
+    cells: Mapping[str, tuple[EmbeddingSet, EmbeddingSet]], fars: Sequence[float], world: World | None = None
+) -> dict[str, PairResult]:
+    """Compare cell by cell. Errors, **Collectives**: of :func:`~lce_dist.evaluation.metrics.compare`.
+
+    **Memory**: of one comparison at a time.
+    """
+    return {key: compare(*pair, fars, world) for key, pair in cells.items()}
 
 
 def criterion(matrix: Mapping[str, PairResult], far: float) -> Verdict:

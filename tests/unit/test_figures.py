@@ -16,7 +16,7 @@ from PIL import Image
 
 from lce_dist.errors import RunError
 from lce_dist.evaluation import figures
-from lce_dist.evaluation.matrix import PAIRS, build_matrix, report_entries
+from lce_dist.evaluation.matrix import PAIRS, build_matrix, cells_of, report_entries
 from lce_dist.evaluation.metrics import HISTOGRAM_EDGES, EmbeddingSet, PairResult
 
 FAR = 0.01
@@ -32,7 +32,8 @@ def model(name: str, seed: int, noise: float) -> EmbeddingSet:
 
 @pytest.fixture(scope="module")
 def matrix() -> dict[str, PairResult]:
-    return build_matrix(model("old", 1, 1.0), model("new", 2, 0.5), model("independent", 3, 0.4), (0.1, FAR))
+    cells = cells_of(model("old", 1, 1.0), model("new", 2, 0.5), model("independent", 3, 0.4))
+    return build_matrix(cells, (0.1, FAR))
 
 
 def named_lines(figure: Figure) -> dict[str, Line2D]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lce_dist.errors import RunError
-from lce_dist.evaluation.matrix import PAIRS, build_matrix, criterion, report_entries
+from lce_dist.evaluation.matrix import PAIRS, build_matrix, cells_of, criterion, report_entries
 from lce_dist.evaluation.metrics import EmbeddingSet, PairResult, compare
 
 FARS = (0.1, 0.01)
@@ -42,7 +42,7 @@ def same(left: PairResult, right: PairResult) -> bool:
 
 
 def test_each_cell_is_its_pair() -> None:
-    matrix = build_matrix(OLD, NEW, INDEPENDENT, FARS)
+    matrix = build_matrix(cells_of(OLD, NEW, INDEPENDENT), FARS)
     assert list(matrix) == list(PAIRS) == ["old_old", "new_old", "new_new", "independent_old", "independent_new"]
     assert same(matrix["old_old"], compare(OLD, OLD, FARS))
     assert same(matrix["new_old"], compare(NEW, OLD, FARS))
@@ -55,7 +55,7 @@ def test_each_cell_is_its_pair() -> None:
 
 
 def test_without_an_independent_model() -> None:
-    matrix = build_matrix(OLD, NEW, None, FARS)
+    matrix = build_matrix(cells_of(OLD, NEW, None), FARS)
     assert list(matrix) == ["old_old", "new_old", "new_new"]
     verdict = criterion(matrix, 0.1)
     assert verdict.met
@@ -114,7 +114,7 @@ def test_a_far_that_was_not_measured() -> None:
 
 
 def test_report_entries_survive_json() -> None:
-    matrix = build_matrix(OLD, NEW, INDEPENDENT, FARS)
+    matrix = build_matrix(cells_of(OLD, NEW, INDEPENDENT), FARS)
     entries = report_entries(matrix)
     assert json.loads(json.dumps(entries, allow_nan=False)) == entries
     assert list(entries) == list(matrix)

@@ -1,0 +1,125 @@
+"""What a person who ships wants to know first, in sentences made from a report and its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lce_dist.evaluation.gate import GateVerdict, worst_group
+
+_ORDER_WORDS = {
+    "boundary_excess_first": "images outside their identity's boundary first",
+    "farthest_from_centre_first": "images farthest from their identity's centre first",
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Four answers, each of one or a few sentences."""
+
+    safe: str
+    gain: str
+    losers: str
+    changes: str
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        """Question and answer."""
+        return (
+            ("Is it safe to ship?", self.safe),
+            ("What do we gain?", self.gain),
+            ("Who loses?", self.losers),
+            ("What must change?", self.changes),
+        )
+
+
+def answers_of(report: Mapping[str, Any], verdict: GateVerdict, min_images: int) -> Answers:
+    """The answers; groups smaller than ``min_images`` images are not called losers."""
+    far = repr(float(report["criterion_far"]))
+    tar = {
+        key: report[key]["tar_at_far"][far]
+        for key in ("old_old", "new_old", "new_new", "independent_new")
+        if key in report
+    }
+    return Answers(
+        _safe(verdict),
+        _gain(report, tar, far),
+        _losers(report, min_images),
+        _changes(report, far),
+    )
+
+
+def _safe(verdict: GateVerdict) -> str:
+    count = len(verdict.checks)
+    if verdict.passed:
+        return f"Yes: {count} of {count} checks passed."
+    if not verdict.checks:
+        return "Not judged: the config asks no check."
+    failed = "; ".join(f"{check.name}: {check.reached}, asked {check.asked}" for check in verdict.failed)
+    return f"No: {len(verdict.failed)} of {count} checks failed ({failed})."
+
+
+def _gain(report: Mapping[str, Any], tar: Mapping[str, float], far: str) -> str:
+    if "old_old" not in tar:
+        return (
+            f"TAR at FAR {far} is {tar['new_old']:.3f} for new queries in the gallery as it is, {tar['new_new']:.3f} after it is "
+            "re-encoded. The old vectors are one an identity, so the old state cannot be measured."
+        )
+    shipped = _difference(report, "new_old_minus_old_old", tar["new_old"] - tar["old_old"])
+    whole = _difference(report, "new_new_minus_old_old", tar["new_new"] - tar["old_old"])
+    text = (
+        f"TAR at FAR {far} goes from {tar['old_old']:.3f} to {tar['new_old']:.3f} ({shipped}) with the gallery as it is, and to "
+        f"{tar['new_new']:.3f} ({whole}) once it is re-encoded."
+    )
+    if report["update_gain"] is not None and report["update_gain"] > 0.0:
+        text += f" That is {100.0 * report['update_gain']:.0f} % of the way to a new model that is bound to nothing."
+    return text
+
+
+def _difference(report: Mapping[str, Any], name: str, value: float) -> str:
+    found = report["intervals"].get(name)
+    return (
+        f"{value:+.3f}" if found is None else f"{value:+.3f}, 95 % interval {found['low']:+.3f} to {found['high']:+.3f}"
+    )
+
+
+def _losers(report: Mapping[str, Any], min_images: int) -> str:
+    flips = report["flips"].get("shipped")
+    if flips is None:
+        return "Not known: the old state has no pairs of its own."
+    lost, won = (100.0 * flips[kind] / flips["num_genuine"] for kind in ("negative", "positive"))
+    text = f"{lost:.1f} % of genuine pairs were accepted before and are rejected now; {won:.1f} % the other way round."
+    worst = worst_group(report, min_images)
+    if worst is None:
+        return f"{text} Images carry no attributes, so groups are not told apart."
+    losing = sorted(
+        (one["tar"]["new_old"] - one["tar"]["old_old"], one["column"], one["value"])
+        for one in report["slices"]
+        if one["num_images"] >= min_images and one["tar"]["new_old"] < one["tar"]["old_old"]
+    )
+    if not losing:
+        group, gain = worst
+        return f"{text} No group loses; the smallest gain, {gain:+.3f}, is that of {group['column']}: {group['value']}."
+    named = ", ".join(f"{column}: {value} ({gain:+.3f})" for gain, column, value in losing[:5])
+    return f"{text} Groups that lose: {named}{', and others' if len(losing) > 5 else ''}."
+
+
+def _changes(report: Mapping[str, Any], far: str) -> str:
+    kept = report["old_threshold_kept"].get("new_old")
+    if kept is None:
+        own = report["new_old"]["threshold_at_far"][far]
+        return f"The threshold for FAR {far} of new queries in the gallery as it is is {own:.4f}."
+    after = report["old_threshold_kept"]["new_new"]
+    text = (
+        f"The threshold: from {kept['old_threshold']:.4f} to {kept['threshold']:.4f} for new queries in the gallery as it is "
+        f"(kept, FAR would be {kept['far']:.2g} instead of {far}), and to {after['threshold']:.4f} once it is re-encoded."
+    )
+    backfill = report["backfill"]
+    if backfill is not None:
+        areas = {name: one["area"] for name, one in backfill["orders"].items()}
+        best = max(areas, key=lambda name: areas[name])
+        if best != "random" and areas[best] - areas["random"] > 1e-3:
+            text += f" Re-encode {_ORDER_WORDS[best]}: TAR {areas[best]:.3f} on average over the way, {areas['random']:.3f} in any order."
+        else:
+            text += " The order in which the gallery is re-encoded hardly matters."
+    return text
