@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch.bridge_cli import add_bridge_commands
+from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
 from launch.methods_cli import add_methods_command
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_head_commands(commands)
     add_bridge_commands(commands)
+    add_gate_command(commands)
     add_generations_command(commands)
     add_methods_command(commands)
 
@@ -326,7 +328,7 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from launch.train import sheet_of
+    from launch.sheet import sheet_of
     from pipelines.manifest import PackedDataset
 
     for flag, value in (

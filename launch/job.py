@@ -103,8 +103,8 @@ def run_job(job: Job, world: World, report: Report) -> None:
         bridge = bridge_stage(
             job.run_dir / "bridge",
             config.compat,
-            _embedded(job, new, config.new.embedding_dim, some, world),
-            _embedded(job, old, config.old.embedding_dim, some, world),
+            embedded(job, new, config.new.embedding_dim, some, world),
+            embedded(job, old, config.old.embedding_dim, some, world),
             {str(way): found for way, found in compat.method.maps().items()} if compat is not None else {},
             _seed_of(config, "bridge"),
             job.fingerprint,
@@ -132,7 +132,7 @@ def run_job(job: Job, world: World, report: Report) -> None:
         if isinstance(net, StoredOld) and net.by == "identity":
             rounds = net.identity_rounds(test_view, world)
         else:
-            rounds = _embedded(job, net, dim, test_view, world)
+            rounds = embedded(job, net, dim, test_view, world)
         vectors, labels, ids = gather_all(rounds(), world)
         sets[name] = EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
         step_done()
@@ -171,7 +171,7 @@ def _rotated(
         if name in nets:
             net, dim = nets[name]
             passes = zip(
-                _embedded(job, net, dim, some, world)(), _embedded(job, old, old_dim, some, world)(), strict=True
+                embedded(job, net, dim, some, world)(), embedded(job, old, old_dim, some, world)(), strict=True
             )
             sums = PairSums.over(((one.unit_bD, other.unit_bD) for one, other in passes), dim, old_dim, world)
             turn_ED = procrustes_of(sums).to(torch.float32)
@@ -209,7 +209,7 @@ def _compatibility(job: Job, old: OldModel, view: View, world: World, report: Re
         config=config.compat,
         head=config.head,
         space=space,
-        old_vectors=_embedded(job, old, config.old.embedding_dim, view, world),
+        old_vectors=embedded(job, old, config.old.embedding_dim, view, world),
         new_dim=config.new.embedding_dim,
         old_dim=config.old.embedding_dim,
         seed=_seed_of(config, "method"),
@@ -336,7 +336,7 @@ def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report
     if isinstance(old, StoredOld) and old.by == "identity":
         rounds = old.identity_rounds(view, world)  # one vector a class: a centre without a boundary
     else:
-        rounds = _embedded(job, old, dim, view, world)
+        rounds = embedded(job, old, dim, view, world)
     partial = Partial(directory, config.checkpoint.every_rounds, state)
     space = compute_old_space(rounds, classes, dim, world, policy, seen_S, partial)
     save_old_space(space, directory, state, world, identity_SL)
@@ -354,7 +354,7 @@ def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
     return set(split.old)
 
 
-def _embedded(job: Job, net: OldModel, dim: int, view: View, world: World) -> Callable[..., Iterator[EmbeddedRows]]:
+def embedded(job: Job, net: OldModel, dim: int, view: View, world: World) -> Callable[..., Iterator[EmbeddedRows]]:
     """A pass over ``view`` that can be repeated, also from the middle; what fits in memory is computed once."""
     if isinstance(net, StoredOld):
         return net.image_rounds(view, world)

@@ -91,6 +91,14 @@ class RunProgress:
                 self._progress.update(self._tasks[name], completed=self._progress.tasks[self._tasks[name]].total)
         elif kind == "warning":
             self.note(f"warning: {event['text']}")
+        elif kind == "beside":
+            told = {key.removeprefix("beside/"): value for key, value in event["metrics"].items()}
+            cells = [
+                f"{key.replace('_', '/')} {told[key]:.3f}" for key in ("old_old", "new_old", "new_new") if key in told
+            ]
+            self.note(f"{name}: at step {event['step']} TAR {', '.join(cells)}")
+            if event["warning"] is not None:
+                self.note(f"warning: {event['warning']}")
 
     def _update(self, name: str, done: int, total: int, detail: str, last: bool) -> None:
         if self._live:

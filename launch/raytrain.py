@@ -29,6 +29,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing large travels through Ray
 _POLL_S = 0.2
+_BESIDE_CPUS = 4  # at most, for a look at a checkpoint
 _PLACEMENT_ATTEMPTS = 5  # of a minute each; Ray would wait for ever, in silence
 
 
@@ -179,6 +180,7 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
         except BaseException as error:  # noqa: BLE001 - handed to the thread that can act on it
             outcome.put(error)
 
+    beside = _Beside(job, placement)
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     fatal: LceError | None = None
@@ -189,11 +191,14 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
                 fatal = _error_of(event)
             else:
                 yield event
+                yield from beside.tell(event)
+        yield from beside.results()
         if fatal is not None:
             raise fatal
         if ended:
             break
         time.sleep(_POLL_S)
+    beside.stop()
     error = outcome.get()
     if error is not None:
         log = job.run_dir / "failure.log"
@@ -203,6 +208,84 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
             f"({job.config.cluster.max_failures}) times: {_last_line(error)}. All of it is in {log}; "
             "the same command goes on from the last checkpoint"
         )
+
+
+class _Beside:
+    """Evaluations of checkpoints, one at a time, as Ray tasks that never hold up the training; the newest one counts."""
+
+    def __init__(self, job: Job, placement: Placement) -> None:
+        self._job, self._placement = job, placement
+        self._mode = job.config.checkpoint.evaluate if not job.config.compat.maps_only else "off"
+        self._running: Any = None
+        self._due: int | None = None
+        self._seen = 0
+
+    def tell(self, event: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Take note of a checkpoint; start a look at it when none is under way."""
+        if self._mode == "off" or event["type"] != "checkpoint" or event["stage"] != "new":
+            return
+        self._seen += 1
+        if (self._seen - 1) % self._job.config.checkpoint.evaluate_every == 0:
+            self._due = event["step"]
+            yield from self._start()
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Events of looks that have ended."""
+        import ray
+
+        if self._running is None or not ray.wait([self._running], timeout=0)[0]:
+            return
+        running, self._running = self._running, None
+        try:
+            found = ray.get(running)
+        except ray.exceptions.RayError as error:
+            self._mode = "off"  # whatever it is, it would come again
+            yield {"type": "warning", "text": f"no more evaluation beside the training: {_last_line(error)}"}
+            return
+        if found is not None:
+            yield {"type": "beside", "stage": "new", **found}
+        yield from self._start()
+
+    def stop(self) -> None:
+        """End what is still under way: the run's own evaluation has said more."""
+        import ray
+
+        if self._running is not None:
+            ray.cancel(self._running, force=True)
+
+    def _start(self) -> Iterator[dict[str, Any]]:
+        import ray
+
+        if self._due is None or self._running is not None:
+            return
+        free = int(ray.available_resources().get("CPU", 0))
+        if self._mode == "auto" and free < 1:
+            self._mode = "off"
+            yield {
+                "type": "note",
+                "stage": "new",
+                "text": "checkpoints are not evaluated beside the training: no processor is free "
+                '(checkpoint.evaluate = "always" shares one)',
+            }
+            return
+        step, self._due = self._due, None
+        num_cpus = min(free, _BESIDE_CPUS) if self._mode == "auto" else 0
+        environment = {**_worker_environment(self._placement), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        remote: Any = ray.remote
+        task = remote(num_cpus=num_cpus, max_retries=0, runtime_env={"env_vars": environment})(_look)
+        self._running = task.remote(worker_arguments(self._job), step, max(1, num_cpus))
+
+
+def _look(arguments: dict[str, Any], step: int, num_threads: int) -> dict[str, Any] | None:
+    """Runs in a process of its own: one checkpoint, evaluated at the lowest priority."""
+    import torch
+
+    from launch.beside import look
+
+    os.nice(19)
+    torch.set_num_threads(num_threads)
+    found = look(job_from_arguments(arguments), step)
+    return None if found is None else {"step": step, "metrics": found.metrics(), "warning": found.warning}
 
 
 class _Mailbox:

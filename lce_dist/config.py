@@ -354,11 +354,18 @@ class GateConfig(_Section):
 
 
 class CheckpointConfig(_Section):
-    """How often a stage is saved: in steps; the measurement of the old space in rounds of 128 images a rank."""
+    """How often a stage is saved: in steps; the measurement of the old space in rounds of 128 images a rank.
+
+    evaluate: checkpoints of the new model are looked at while it trains, on processors that are free ("auto"), or on whatever is
+    there at the lowest priority ("always"); each evaluate_every-th of them, over at most evaluate_images held-out images.
+    """
 
     every_steps: Count = 100
     every_rounds: Count = 2000
     keep: Annotated[int, Field(ge=2)] = 2
+    evaluate: Literal["auto", "always", "off"] = "auto"
+    evaluate_every: Count = 1
+    evaluate_images: Annotated[int, Field(ge=20)] = 2000
 
 
 class TrackingConfig(_Section):

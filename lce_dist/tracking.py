@@ -1,52 +1,35 @@
-"""The only door to MLflow: events go to a local spool at once and reach MLflow whenever it answers.
+"""What callers say to MLflow: every call goes to a local spool at once and reaches MLflow whenever it answers.
 
-Measured with MLflow 3.17: a dead server blocks each client call for about 247 s with its default settings, its
-asynchronous logging loses points in silence, and a step that is logged twice is kept twice. So the caller only
-appends to a :class:`~lce_dist.spool.Spool`; one background thread replays the spool, in order, and remembers in
-``tracking.json`` how far it came. A (run, metric, step) is sent once: steps at or below the last one of that metric
-are dropped, and after any doubt (a new process, an unanswered call) the last steps are read back from MLflow first.
+Measured with MLflow 3.17: a dead server blocks each client call for about 247 s with its default settings, and its
+asynchronous logging loses points in silence. So the caller only appends to a :class:`~lce_dist.spool.Spool`; one
+background thread hands the spool to :class:`~lce_dist.replay.Replayer`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
+import json
 import logging
 import os
-import re
 import subprocess
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lce_dist.config import TrackingConfig
 from lce_dist.errors import ConfigError
-from lce_dist.spool import Spool, read_cursor, write_cursor
+from lce_dist.mlflow_client import one_line, prepare_mlflow, redact
+from lce_dist.replay import Replayer
+from lce_dist.spool import Spool, read_cursor
 
 _LOG = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _GATHER_S = 0.3  # how long to let events come together into one request
 _SYNC_EVERY_S = 5.0
-_POINTS_PER_REQUEST = 1000  # MLflow's limit for one log_batch
-_ARTIFACT_KINDS = ("file", "text")
-# Answers in the 4xx range that another try can change: login, permission, time-out, conflict, too many, cancelled.
-_PASSING_STATUS = (401, 403, 408, 409, 425, 429, 499)
-_CLIENT_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-}
-# A tracking server needs no jobs, and its jobs interface ran foreign code without a login (CVE-2026-0545).
-UI_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+_DIGEST_LENGTH = 36  # what MLflow keeps of a data set's digest
 
 
 def tracking_uri(config: TrackingConfig, default_store: Path) -> str:
@@ -67,30 +50,7 @@ def tracking_uri(config: TrackingConfig, default_store: Path) -> str:
     return uri
 
 
-def redact(text: str) -> str:
-    """The text with the password of every address in it, and MLflow's own secrets, as ***."""
-    for name in ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    # Up to the last @ of the address part, so that a password with a bare @ or : does not show its end.
-    text = re.sub(r"(://[^\s/:@]*):[^\s/]*@", r"\1:***@", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|pwd|token)=)[^&\s'\"]+", r"\1***", text)
-
-
-def ui_command(config: TrackingConfig, default_store: Path, port: int = 5000) -> list[str]:
-    """The argv that shows the local store on 127.0.0.1; run it with :data:`UI_ENVIRONMENT`.
-
-    Errors: ConfigError when the runs are kept by another server, which has its own page.
-    """
-    uri = tracking_uri(config, default_store)
-    if not uri.startswith("sqlite:///"):
-        raise ConfigError(
-            f"MLflow is at {redact(uri)} (tracking.uri or MLFLOW_TRACKING_URI), not in a local store; "
-            "open that server's page, or unset the variable"
-        )
-    argv = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    argv += ["--artifacts-destination", _artifact_root(default_store)]
-    return [*argv, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+Shapes = Mapping[str, Sequence[int]]
 
 
 class Tracker:
@@ -110,7 +70,7 @@ class Tracker:
         birth, first_offset = self._birth(cursor_path)
         self._born_ms: int = birth["time_ms"]
         self._commit = _git_commit()
-        self._replayer = _Replayer(
+        self._replayer = Replayer(
             config.experiment, self._uri, default_store, self._spool, cursor_path, birth["uuid"], first_offset
         )
         self._keys: set[str] = set()
@@ -142,6 +102,65 @@ class Tracker:
     def log_text(self, key: str, text: str, artifact_file: str) -> None:
         """Store ``text`` as the artifact ``artifact_file`` ("config/resolved.toml")."""
         self._add("text", key, text=text, artifact_file=artifact_file)
+
+    def log_input(
+        self,
+        key: str,
+        name: str,
+        digest: str,
+        context: str,
+        source: str,
+        profile: dict[str, Any],
+        tags: dict[str, Any] | None = None,
+    ) -> None:
+        """Show a data set on the run's page: where it is (``source``), what is in it (``profile``), what it was for.
+
+        MLflow keeps one input for each (name, digest) of a run, and 36 characters of a digest.
+        """
+        facts = json.dumps(profile, default=str)
+        self._add(
+            "input",
+            key,
+            name=name,
+            digest=digest[:_DIGEST_LENGTH],
+            context=context,
+            source=str(source),
+            profile=facts,
+            tags={tag: str(value) for tag, value in (tags or {}).items()},
+        )
+
+    def register_model(
+        self,
+        key: str,
+        model_name: str,
+        artifact_folder: str,
+        inputs: Shapes,
+        outputs: Shapes,
+        description: str = "",
+        tags: dict[str, Any] | None = None,
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Make the files logged under ``artifact_folder`` a version of a registered model: one version a run.
+
+        ``inputs`` and ``outputs`` are the float32 tensors of its signature by name, -1 for any length:
+        ``{"images": (-1, 3, 112, 112)}``, ``{"vectors": (-1, 512)}``. Said again, it updates tags and description; an
+        alias is given with the first saying only, so that it does not come back after it moved on.
+        """
+        self._add(
+            "model",
+            key,
+            model=model_name,
+            folder=artifact_folder,
+            inputs={name: list(shape) for name, shape in inputs.items()},
+            outputs={name: list(shape) for name, shape in outputs.items()},
+            description=description,
+            tags={tag: str(value) for tag, value in (tags or {}).items()},
+            aliases=list(aliases),
+        )
+
+    def set_alias(self, key: str, model_name: str, alias: str, version: int | None = None) -> None:
+        """Give ``alias`` to ``version``, or to the one that ``key`` registered; whoever had it loses it."""
+        self._add("alias", key, model=model_name, alias=alias, version=version)
 
     def set_tags(self, key: str, tags: dict[str, Any]) -> None:
         """Set tags; ``mlflow.note.content`` is the run's description in Markdown."""
@@ -175,6 +194,7 @@ class Tracker:
         """Deliver what can be delivered in ``timeout_s``; True when nothing is left for the next start."""
         for stop in self._monitors.values():
             stop.set()
+        self._replayer.hurry()
         self._closing.set()
         self._wake.set()
         self._thread.join(timeout_s)
@@ -224,12 +244,12 @@ class Tracker:
             try:
                 is_busy = self._replayer.replay()
             except Exception as error:  # noqa: BLE001 - whatever MLflow or a storage library raises, training goes on
-                self._replayer.disconnect()
+                self._replayer.disconnect(error)
                 if not is_away:
                     _LOG.warning(
                         "%s",
                         redact(
-                            f"MLflow at {self._uri} does not take events ({_one_line(error)}); "
+                            f"MLflow at {self._uri} does not take events ({one_line(error)}); "
                             f"{self.pending()} wait in {self._spool.path}, training goes on"
                         ),
                     )
@@ -259,7 +279,7 @@ class Tracker:
 
     def _sense(self, key: str, stop: threading.Event, interval_s: float) -> None:
         try:
-            _prepare_mlflow()
+            prepare_mlflow()
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
             # Its sensors only: its own loop calls MLflow directly and ends at the first error.
@@ -274,391 +294,7 @@ class Tracker:
                 self.log_metrics(key, values, step=(_now_ms() - self._born_ms) // 1000)
         except Exception as error:  # noqa: BLE001 - a sensor library must never end a run
             if not stop.is_set():
-                _LOG.warning("no system metrics for run %r: %s", key, redact(_one_line(error)))
-
-
-@dataclasses.dataclass
-class _Cursor:
-    """How far MLflow follows the spool; tracking.json is this and nothing else."""
-
-    uuid: str
-    target: str
-    offset: int
-    runs: dict[str, str] = dataclasses.field(default_factory=dict)
-    steps: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    deferred: list[int] = dataclasses.field(default_factory=list)
-
-
-class _Replayer:
-    """MLflow's side: takes events off the spool in order and sends each until MLflow took or refused it."""
-
-    def __init__(
-        self,
-        experiment: str,
-        uri: str,
-        default_store: Path,
-        spool: Spool,
-        cursor_path: Path,
-        run_uuid: str,
-        first_offset: int,
-    ) -> None:
-        self._experiment, self._uri = experiment, uri
-        self._store = default_store.resolve()
-        self._spool, self._cursor_path, self._first_offset = spool, cursor_path, first_offset
-        self._client: Any = None
-        self._experiment_id = ""
-        self._retry_deferred_s = 0.0
-        self._warned: set[tuple[str, ...]] = set()
-        self._is_released = False
-        self._save_lock = threading.Lock()
-        # Another server or experiment gets the whole story from the beginning.
-        fresh = _Cursor(run_uuid, f"{redact(uri)} {experiment}", first_offset)
-        self.cursor = _load_cursor(cursor_path, fresh)
-        # After a power cut the position may be newer than the spool; what is gone is gone.
-        self.cursor.offset = min(self.cursor.offset, spool.size_bytes())
-
-    def pending(self) -> int:
-        return self._spool.count_from(self.cursor.offset) + len(self.cursor.deferred)
-
-    def release(self) -> None:
-        """Stop saving the position: the next process may own the folder from here on."""
-        with self._save_lock:
-            self._is_released = True
-
-    def disconnect(self) -> None:
-        """Forget the client; the next replay connects anew and reads the last steps back first."""
-        self._client = None
-
-    def replay(self) -> bool:
-        """Send the next event or batch; False when nothing is left to send now.
-
-        Errors: whatever MLflow raises for a state that may pass; the event is then still pending.
-        """
-        events, next_offset = self._next_unit()
-        has_deferred = bool(self.cursor.deferred) and time.monotonic() >= self._retry_deferred_s
-        if not events and not has_deferred:
-            return False
-        if self._client is None:
-            self._connect()
-            return True  # the position may have changed
-        if has_deferred:
-            self._send_deferred()
-        if not events:
-            return False
-        start = self.cursor.offset
-        if events[0].get("kind") == "metrics":
-            self._send_metrics(events)
-        else:
-            self._send_one(events[0], start)
-        self.cursor.offset = next_offset
-        self._save()
-        return True
-
-    def _next_unit(self) -> tuple[list[dict[str, Any]], int]:
-        """A run of metrics events that fits one request, or one event of another kind."""
-        events: list[dict[str, Any]] = []
-        end, num_points = self.cursor.offset, 0
-        for event, next_offset in self._spool.read_from(end):
-            num_points += len(event.get("metrics", ()))
-            if events and (event.get("kind") != "metrics" or num_points > _POINTS_PER_REQUEST):
-                break
-            events.append(event)
-            end = next_offset
-            if event.get("kind") != "metrics":
-                break
-        return events, end
-
-    def _connect(self) -> None:
-        _prepare_mlflow()
-        from mlflow import MlflowClient
-
-        if self._uri.startswith("sqlite:///"):
-            self._store.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(self._store / "mlflow.db.lock", self._uri.startswith("sqlite:///")):
-            client = MlflowClient(self._uri)
-            self._experiment_id = self._find_experiment(client)
-        for key, run_id in list(self.cursor.runs.items()):
-            run = _get_run(client, run_id)
-            if run is None:
-                self._warn(("gone", key), f"run {run_id} ({key}) is gone from MLflow; everything is sent again")
-                self.cursor = dataclasses.replace(
-                    self.cursor, offset=self._first_offset, runs={}, steps={}, deferred=[]
-                )
-                break
-            self._adopt(key, run)
-        self._client = client
-
-    def _find_experiment(self, client: Any) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = client.get_experiment_by_name(self._experiment)
-        if experiment is None:
-            # A server knows where its artifacts go; a bare database would put them under the current folder.
-            is_server = self._uri.startswith(("http://", "https://"))
-            root = None if is_server else _artifact_root(self._store)
-            try:
-                return str(client.create_experiment(self._experiment, artifact_location=root))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = client.get_experiment_by_name(self._experiment)
-        if experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)
-        return str(experiment.experiment_id)
-
-    def _adopt(self, key: str, run: Any) -> None:
-        """Take over MLflow's run, and its last step of each metric: MLflow may know more than the position says."""
-        self.cursor.runs[key] = run.info.run_id
-        steps = self.cursor.steps.setdefault(key, {})
-        for metric in run.data.to_proto().metrics:
-            steps[metric.key] = max(metric.step, steps.get(metric.key, metric.step))
-
-    def _send_metrics(self, events: list[dict[str, Any]]) -> None:
-        for key in dict.fromkeys(event["key"] for event in events):
-            self._send_points(key, [event for event in events if event["key"] == key])
-
-    def _send_points(self, key: str, events: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric
-
-        run_id = self.cursor.runs.get(key)
-        if run_id is None:
-            self._warn(
-                ("no run", key), f"metrics of run {key!r} are skipped: it has no MLflow run; call start_run first"
-            )
-            return
-        steps = dict(self.cursor.steps.get(key, {}))
-        points = []
-        for event in events:
-            for name, value in event["metrics"].items():
-                if name not in steps or event["step"] > steps[name]:
-                    # The time of the event, not of the sending: an equal point sent twice is one row in MLflow.
-                    points.append(Metric(name, value, event["time_ms"], event["step"]))
-                    steps[name] = event["step"]
-        try:
-            if points:
-                self._client.log_batch(run_id, metrics=points, synchronous=True)
-        except Exception as error:
-            if not _is_refused(error):
-                raise
-            if len(events) > 1:
-                for event in events:
-                    self._send_points(key, [event])
-            else:
-                self._warn_refused(events[0], error)
-            return
-        self.cursor.steps[key] = steps
-
-    def _send_one(self, event: dict[str, Any], offset: int) -> None:
-        kind, key = event.get("kind"), event.get("key", "")
-        if kind in _ARTIFACT_KINDS and self.cursor.deferred:
-            self.cursor.deferred.append(offset)  # behind the waiting ones, so that a newer version stays the newer one
-            return
-        try:
-            self._deliver(event)
-        except Exception as error:
-            if _is_refused(error):
-                self._warn_refused(event, error)
-            elif kind in _ARTIFACT_KINDS and self._answers(key):
-                # The server is well and its artifact storage is not: metrics must not wait for it.
-                self._warn(
-                    ("deferred",),
-                    f"MLflow's artifact storage does not take files ({_one_line(error)}); trying again later",
-                )
-                self.cursor.deferred.append(offset)
-                self._retry_deferred_s = time.monotonic() + _LONGEST_PAUSE_S
-            else:
-                raise
-
-    def _send_deferred(self) -> None:
-        while self.cursor.deferred:
-            event, _ = next(self._spool.read_from(self.cursor.deferred[0]))
-            try:
-                self._deliver(event)
-            except Exception as error:
-                if not _is_refused(error):
-                    self._retry_deferred_s = time.monotonic() + _LONGEST_PAUSE_S
-                    if self._answers(event["key"]):
-                        return
-                    raise
-                self._warn_refused(event, error)
-            self.cursor.deferred.pop(0)
-            self._save()
-
-    def _answers(self, key: str) -> bool:
-        try:
-            return _get_run(self._client, self.cursor.runs[key]) is not None
-        except Exception:  # noqa: BLE001 - the question is only whether it answers
-            return False
-
-    def _deliver(self, event: dict[str, Any]) -> None:
-        kind, key = event.get("kind"), event.get("key", "")
-        run_id = self.cursor.runs.get(key)
-        if kind == "start":
-            self._start(event)
-        elif kind not in ("params", "tags", "end", *_ARTIFACT_KINDS):
-            self._warn(
-                ("line", str(kind)),
-                f"{self._spool.path}: skipped a line that is damaged or of an unknown kind ({kind})",
-            )
-        elif run_id is None:
-            self._warn(("no run", key), f"{kind} of run {key!r} is skipped: it has no MLflow run; call start_run first")
-        elif kind == "params":
-            self._send_params(key, run_id, event["params"])
-        elif kind == "tags":
-            self._send_tags(run_id, event["tags"])
-        elif kind == "end":
-            self._client.set_terminated(run_id, event["status"], event["time_ms"])
-        elif kind == "text":
-            self._client.log_text(run_id, event["text"], event["artifact_file"])
-        else:
-            path = self._spool.path.parent / event["path"]
-            if not os.access(path, os.R_OK):
-                self._warn(
-                    ("file", str(path)),
-                    f"{path} of run {key!r} is not there or not readable any more; not sent to MLflow",
-                )
-                return
-            self._client.log_artifact(run_id, str(path), event["folder"])
-
-    def _start(self, event: dict[str, Any]) -> None:
-        key, tags = event["key"], dict(event["tags"])
-        parent_id = self.cursor.runs.get(event["parent"] or "")
-        if parent_id:
-            tags["mlflow.parentRunId"] = parent_id
-        if key not in self.cursor.runs:
-            label = f"{self.cursor.uuid}:{key}"
-            # The oldest, should a call that seemed to fail have made a second one.
-            found = self._client.search_runs(
-                [self._experiment_id],
-                f"tags.`lce.key` = '{label}'",
-                max_results=1,
-                order_by=["attributes.start_time ASC"],
-            )
-            if not found:
-                tags["lce.key"] = label
-                run = self._client.create_run(self._experiment_id, event["time_ms"], tags, run_name=event["name"])
-                self._adopt(key, run)
-                return
-            self._adopt(key, found[0])
-        self._client.update_run(self.cursor.runs[key], status="RUNNING")
-        self._send_tags(self.cursor.runs[key], tags)
-
-    def _send_tags(self, run_id: str, tags: dict[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()], synchronous=True)
-
-    def _send_params(self, key: str, run_id: str, params: dict[str, str]) -> None:
-        from mlflow.entities import Param
-
-        try:
-            self._client.log_batch(
-                run_id, params=[Param(name, value) for name, value in params.items()], synchronous=True
-            )
-            return
-        except Exception as error:
-            if not _is_refused(error):
-                raise
-        held = _get_run(self._client, run_id)
-        held_params = held.data.params if held else {}
-        for name, value in params.items():
-            if name in held_params and held_params[name] != value:
-                self._warn(
-                    ("param", key, name),
-                    f"param {name} of run {key!r} is {held_params[name]!r} in MLflow and now {value!r}; "
-                    f"MLflow keeps the first, the new value is the tag lce.changed.{name}",
-                )
-                self._send_tags(run_id, {f"lce.changed.{name}": value})
-            elif name not in held_params:
-                try:
-                    self._client.log_batch(run_id, params=[Param(name, value)], synchronous=True)
-                except Exception as error:
-                    if not _is_refused(error):
-                        raise
-                    self._warn(
-                        ("param", key, name),
-                        f"MLflow refused param {name} of run {key!r} ({_one_line(error)}); skipped",
-                    )
-
-    def _warn_refused(self, event: dict[str, Any], error: Exception) -> None:
-        kind, key, text = event["kind"], event["key"], _one_line(error)
-        self._warn(("refused", kind, key, text), f"MLflow refused {kind} of run {key!r} ({text}); skipped")
-
-    def _warn(self, once: tuple[str, ...], text: str) -> None:
-        if once not in self._warned:
-            self._warned.add(once)
-            _LOG.warning("%s", redact(text))
-
-    def _save(self) -> None:
-        with self._save_lock:
-            if not self._is_released:
-                write_cursor(self._cursor_path, dataclasses.asdict(self.cursor))
-
-
-def _load_cursor(path: Path, fresh: _Cursor) -> _Cursor:
-    state = read_cursor(path) or {}
-    if (state.get("uuid"), state.get("target")) != (fresh.uuid, fresh.target):
-        return fresh
-    try:
-        return _Cursor(**state)
-    except TypeError:
-        return fresh
-
-
-def _get_run(client: Any, run_id: str) -> Any:
-    """The run, or None when it was deleted or never was in this store."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None
-    return run if run.info.lifecycle_stage == "active" else None
-
-
-def _is_refused(error: Exception) -> bool:
-    """True when sending the same thing again cannot help."""
-    import requests
-    from mlflow.exceptions import MlflowException
-
-    if isinstance(error, MlflowException):
-        # An unknown path is a proxy or another service in the server's place, not a verdict on the event.
-        status = 503 if error.error_code == "ENDPOINT_NOT_FOUND" else error.get_http_status_code()
-    elif isinstance(error, requests.HTTPError) and error.response is not None:
-        status = error.response.status_code
-    else:
-        return isinstance(error, (TypeError, ValueError, LookupError, AttributeError)) and not isinstance(
-            error, OSError
-        )
-    return 400 <= status < 500 and status not in _PASSING_STATUS
-
-
-def _prepare_mlflow() -> None:
-    """Settings that MLflow reads from the environment, then its import: seconds, so only in our threads."""
-    for name, value in _CLIENT_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import mlflow  # noqa: F401
-
-    # Database errors are ours to report, in one line; MLflow would print a traceback for each try.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-
-
-@contextmanager
-def _one_process_at_a_time(path: Path, is_needed: bool) -> Iterator[None]:
-    """Two processes that make the tables of one new SQLite file at the same time would both fail."""
-    if not is_needed:
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _artifact_root(default_store: Path) -> str:
-    return (default_store.resolve() / "mlartifacts").as_uri()
+                _LOG.warning("no system metrics for run %r: %s", key, redact(one_line(error)))
 
 
 def _git_commit() -> str | None:
@@ -676,18 +312,6 @@ def _git_commit() -> str | None:
         return None
     lines = answer.stdout.splitlines()
     return lines[1] if answer.returncode == 0 and Path(lines[0]) == package.parent else None
-
-
-def _one_line(error: Exception) -> str:
-    # A refused connection comes wrapped four times, 500 characters long; its root says it in four words.
-    root: BaseException = error
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            root = cause
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(str(root).split())
-    return f"{type(root).__name__}: {text[:300]}"
 
 
 def _now_ms() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lce_dist import storage
 from lce_dist.collectives import all_reduce_max
@@ -93,3 +94,21 @@ class Checkpoints:
         """Committed steps, newest first."""
         names = (path.name for path in self.directory.glob("step-*"))
         return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
+
+
+def load_network(directory: Path, net: nn.Module) -> None:
+    """Fill a network, by itself, from a checkpoint of its training; whatever was trained beside it is left out.
+
+    Errors: CheckpointError when it is not whole (another process may be removing it), or of another network.
+    """
+    alone = World()
+    shapes = storage.read_manifest(directory, alone).shapes
+    inside = "net." if any(name.startswith("net.weight.net.") for name in shapes) else ""
+    tensors = {f"net.weight.{inside}{name}": value.detach().clone() for name, value in net.named_parameters()}
+    tensors |= {f"net.buffer.{inside}{name}": value.detach().clone() for name, value in net.named_buffers()}
+    storage.load(directory, tensors, alone)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            parameter.copy_(tensors[f"net.weight.{inside}{name}"])
+        for name, buffer in net.named_buffers():
+            buffer.copy_(tensors[f"net.buffer.{inside}{name}"])

@@ -88,7 +88,7 @@ class Workplace:
         points: dict[int, float] = {}
         for line in (self.folder / "runs" / name / "tracking.jsonl").read_text().splitlines():
             event = json.loads(line)
-            if event["kind"] == "metrics" and event["key"] == stage:
+            if event["kind"] == "metrics" and event["key"] == stage and "loss/total" in event["metrics"]:
                 points[event["step"]] = event["metrics"]["loss/total"]
         return points
 

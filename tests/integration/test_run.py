@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+from launch.beside import look
+from launch.job import Job
+from lce_dist.config import parse_config
 from tests.integration.conftest import Workplace, wait_for, workers_of
 
 KEYS = ("old_old", "new_old", "new_new")
@@ -18,9 +23,36 @@ KEYS = ("old_old", "new_old", "new_new")
 @pytest.fixture(scope="module")
 def undisturbed(workplace: Workplace) -> str:
     """The run that the others are compared with: two nodes, no trouble."""
-    code, output = workplace.run("train", "--config", "small.toml", "--nodes", "2", "--with-independent")
+    looks = ("--set", "checkpoint.evaluate=always", "--set", "checkpoint.evaluate_every=2")
+    code, output = workplace.run("train", "--config", "small.toml", "--nodes", "2", "--with-independent", *looks)
     assert code == 0, output
     return output
+
+
+def test_checkpoints_were_looked_at_beside_the_training(workplace: Workplace, undisturbed: str) -> None:
+    run = workplace.folder / "runs" / "small"
+    ranking = json.loads((run / "new" / "ranking.json").read_text())
+    assert ranking and [row["joint"] for row in ranking] == sorted((row["joint"] for row in ranking), reverse=True)
+    assert f"new model: at step {ranking[0]['step']} TAR old/old" in undisturbed
+    client = MlflowClient(f"sqlite:///{workplace.folder}/runs/mlflow.db")
+    told = json.loads((run / "tracking.json").read_text())["runs"]["new"]
+    points = {point.step: point.value for point in client.get_metric_history(told, "beside/joint")}
+    seen = {row["step"]: row["joint"] for row in ranking}
+    assert points.items() <= seen.items() and points
+    assert all(step % 20 == 10 for step in points), "every second checkpoint of every 10 steps, from the first"
+    # the last checkpoint is the model that was evaluated at the end: the same numbers over the same images
+    config = parse_config(json.loads((run / "resolved.json").read_text()), "resolved", json_mode=True)
+    (data,) = (workplace.folder / "runs" / ".cache").glob("faces-*")
+    job = Job(config, data, run, run.parent / ".cache", "f", workplace.folder, True, {})
+    steps = sorted(int(path.name[5:]) for path in (run / "new" / "checkpoints").glob("step-*"))
+    last, report = look(job, steps[-1]), workplace.report("small")
+    assert last is not None and last.step == steps[-1]
+    for key, value in (("old_old", last.old_old), ("new_old", last.new_old), ("new_new", last.new_new)):
+        assert value == report[key]["tar_at_far"]["0.01"]
+    best = max(json.loads((run / "new" / "ranking.json").read_text()), key=lambda row: row["joint"])
+    with safe_open(run / "new" / "best.safetensors", "pt") as stored:
+        assert float(stored.metadata()["joint"]) == pytest.approx(best["joint"], abs=1e-6)
+    assert look(job, 7) is None, "no such checkpoint"
 
 
 def test_report_table_and_files(workplace: Workplace, undisturbed: str) -> None:
@@ -56,7 +88,13 @@ def test_mlflow_holds_the_run(workplace: Workplace, undisturbed: str) -> None:
     assert [point.step for point in history] == sorted({point.step for point in history})
     artifacts = {a.path for folder in ("figures", "config") for a in client.list_artifacts(parent.info.run_id, folder)}
     assert {"figures/matrix.png", "figures/roc.png", "figures/contact_sheet.png", "config/resolved.json"} <= artifacts
-    assert [a.path for a in client.list_artifacts(runs["new"].info.run_id, "model")] == ["model/model.safetensors"]
+    stored = {a.path for a in client.list_artifacts(runs["new"].info.run_id, "model")}
+    assert stored == {"model/model.safetensors", "model/card.json", "model/MLmodel"}
+    (version,) = client.search_model_versions("name = 'small'")
+    assert version.run_id == runs["new"].info.run_id and version.tags["space"] == report["space"]
+    inputs = {one.dataset.name for one in parent.inputs.dataset_inputs}
+    assert inputs == {"old model", "new model", "held out"}
+    assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.json", "gate.json"}
 
 
 def test_the_same_command_again_shows_the_report(workplace: Workplace, undisturbed: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import logging
 import os
 import signal
@@ -12,18 +14,21 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from launch.mlflow_server import UI_ENVIRONMENT, ui_command
 from lce_dist.config import TrackingConfig
-from lce_dist.errors import ConfigError
+from lce_dist.errors import ConfigError, RunError
+from lce_dist.mlflow_client import redact
+from lce_dist.registry import log_run_file, set_model_alias, tag_run
 from lce_dist.spool import read_cursor, write_cursor
-from lce_dist.tracking import UI_ENVIRONMENT, Tracker, redact, tracking_uri, ui_command
+from lce_dist.tracking import Tracker, tracking_uri
 
 BLOCKED_S = 0.020
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +36,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     yield
@@ -85,6 +91,16 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that no test kills."""
+    server = Server(tmp_path_factory.mktemp("running"))
+    server.start()
+    server.wait()
+    yield server
+    server.kill()
+
+
 def _until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -104,6 +120,237 @@ def _points(client: Any, run_id: str | None, name: str) -> list[tuple[int, float
 
 def _expected(steps: range, factor: float) -> list[tuple[int, float]]:
     return [(step, factor * step) for step in steps]
+
+
+class Proxy:
+    """A real HTTP proxy before the real server: slow, refusing, or answering otherwise than the server did.
+
+    ``always`` is what happens to every request with these words in its path, ``once`` to the next one: "slow3" waits
+    3 s, a number is answered in the server's place, "taken" hands the request on and answers 500, "cut" hands it on
+    and answers nothing.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.always, self.once = dict[str, str](), dict[str, str]()
+        self.seen: list[tuple[str, str]] = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                fault = next((fault for words, fault in proxy.always.items() if words in self.path), "")
+                for words in [words for words in proxy.once if words in self.path]:
+                    fault = proxy.once.pop(words)
+                proxy.seen.append((fault, self.path))
+                if fault.isdigit():
+                    self._answer(int(fault), b"<html>somebody else</html>")
+                    return
+                if fault.startswith("slow"):
+                    time.sleep(float(fault.removeprefix("slow")))
+                there = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+                headers = {name: value for name, value in self.headers.items() if name.lower() != "accept-encoding"}
+                there.request(self.command, self.path, body, {**headers, "Host": f"127.0.0.1:{server.port}"})
+                answer = there.getresponse()
+                text = answer.read()
+                there.close()
+                if fault == "cut":
+                    self.close_connection = True
+                elif fault == "taken":
+                    self._answer(500, b"{}")
+                else:
+                    self._answer(answer.status, text)
+
+            def _answer(self, status: int, text: bytes) -> None:
+                with suppress(BrokenPipeError):  # the client waits no longer
+                    self.send_response(status)
+                    self.send_header("Content-Type", "application/json")
+                    self.send_header("Content-Length", str(len(text)))
+                    self.end_headers()
+                    self.wfile.write(text)
+
+            do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def _history(uri: str, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    """Every point that MLflow's REST interface has, in its own order of arrival; two equal ones stay two."""
+    query = f"run_id={run_id}&metric_key={name}&max_results=25000"
+    with urllib.request.urlopen(f"{uri}/api/2.0/mlflow/metrics/get-history?{query}", timeout=30) as answer:
+        return [(int(point.get("step", 0)), float(point["value"])) for point in json.load(answer)["metrics"]]
+
+
+def _log_steps(tracker: Tracker, steps: range, call_s: list[float], pause_s: float = 0.002) -> None:
+    for step in steps:
+        start = time.perf_counter()
+        tracker.log_metrics("new", {"train/loss": 1.0 / (step + 1), "train/images_per_s": 2.0 * step}, step)
+        call_s.append(time.perf_counter() - start)
+        time.sleep(pause_s)
+
+
+def _register(tracker: Tracker, run_dir: Path, aliases: tuple[str, ...] = (), model_name: str = "faces") -> None:
+    weights = run_dir / "model.safetensors"
+    weights.write_bytes(b"weights")
+    tracker.log_file("new", weights, "model")
+    tracker.register_model(
+        "new",
+        model_name,
+        "model",
+        {"images": (-1, 3, 112, 112)},
+        {"vectors": (-1, 512)},
+        description="**new** model",
+        tags={"lce.space": "s2", "lce.parent_space": "s1", "lce.threshold": 0.43},
+        aliases=aliases,
+    )
+
+
+def test_a_run_with_the_server_killed_twice_has_the_points_of_an_undisturbed_one(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, call_s = TrackingConfig(uri=server.uri, experiment="twice"), list[float]()
+    _client(server.uri)
+    server.start()
+    server.wait()
+    ids = {}
+    for name in ("undisturbed", "disturbed"):
+        run_dir = tmp_path / "runs" / name
+        tracker = Tracker(config, run_dir, name, tmp_path / "runs")
+        tracker.start_run("new", name)
+        tracker.log_input("new", "faces", "d1", "training", "s3://bucket/faces", {"num_images": 7})
+        for kill in range(2):
+            writer = threading.Thread(target=_log_steps, args=(tracker, range(400 * kill, 400 * (kill + 1)), call_s))
+            writer.start()
+            if name == "disturbed":
+                time.sleep(0.5)
+                server.kill()  # SIGKILL, in the middle of the stream
+            writer.join()
+            if name == "disturbed":
+                told = kill + 1
+                _until(lambda: caplog.text.count("does not take events") == told, 60, "the outage is told")  # noqa: B023
+                assert tracker.pending() > 0
+                server.start()
+                server.wait()
+                _until(lambda: tracker.pending() == 0, 60, "delivery after the outage")  # noqa: B023
+        _register(tracker, run_dir)
+        tracker.end_run("new")
+        assert tracker.close(60) is True
+        ids[name] = tracker.run_ids()["new"]
+
+    for metric in ("train/loss", "train/images_per_s"):
+        undisturbed = _history(server.uri, ids["undisturbed"], metric)
+        disturbed = _history(server.uri, ids["disturbed"], metric)
+        assert len(undisturbed) == 800 and sorted(disturbed) == sorted(undisturbed)
+    client = _client(server.uri)
+    assert sorted(str(one.run_id) for one in client.search_model_versions("name = 'faces'")) == sorted(
+        map(str, ids.values())
+    )
+    for run_id in ids.values():
+        assert len(client.get_run(run_id).inputs.dataset_inputs) == 1
+    assert len(client.search_runs([client.get_experiment_by_name("twice").experiment_id])) == 2
+    assert sorted(call_s)[len(call_s) // 2] < 0.005  # the median; MLflow's own call waits 247 s for a dead server
+
+
+def test_a_server_that_is_slow_refuses_or_takes_without_saying_so_gets_everything_once(
+    running: Server, tmp_path: Path
+) -> None:
+    _client(running.uri)
+    proxy, call_s, run_dir = Proxy(running), list[float](), tmp_path / "runs" / "one"
+    # Of everything that makes something, the first request is taken by the server and its answer lost.
+    proxy.once = {
+        "experiments/create": "cut",
+        "runs/create": "cut",
+        "runs/log-batch": "cut",
+        "runs/log-inputs": "taken",
+    }
+    proxy.once |= {"registered-models/create": "taken", "model-versions/create": "cut"}
+    tracker = Tracker(TrackingConfig(uri=proxy.uri, experiment="proxy"), run_dir, "one", tmp_path / "runs")
+    tracker.start_run("new", "one/new")
+    tracker.log_input("new", "faces", "d1", "training", "s3://bucket/faces", {"num_images": 7})
+    _log_steps(tracker, range(200), call_s)
+    _register(tracker, run_dir, ("candidate",))
+    _until(lambda: tracker.pending() == 0, 90, "delivery after lost answers")
+    assert proxy.once == {}
+
+    first = 200
+    for fault in ("slow3", "401", "500", "taken", "cut"):
+        proxy.always, num_seen = {"/": fault}, len(proxy.seen)
+        _log_steps(tracker, range(first, first + 100), call_s)
+        _until(lambda: len(proxy.seen) > num_seen, 60, f"a request while {fault}")  # noqa: B023
+        proxy.always = {}
+        _log_steps(tracker, range(first + 100, first + 150), call_s)
+        _until(lambda: tracker.pending() == 0, 60, f"delivery after {fault}")
+        first += 150
+    tracker.end_run("new")
+    assert tracker.close(60) is True
+    proxy.close()
+
+    run_id, client = tracker.run_ids()["new"], _client(running.uri)
+    for metric, value_of in (("train/loss", lambda n: 1.0 / (n + 1)), ("train/images_per_s", lambda n: 2.0 * n)):
+        assert sorted(_history(running.uri, run_id, metric)) == [(n, value_of(n)) for n in range(first)]
+    assert len(client.search_runs([client.get_experiment_by_name("proxy").experiment_id])) == 1
+    assert len(client.get_run(run_id).inputs.dataset_inputs) == 1
+    (version,) = client.search_model_versions("name = 'faces'")
+    assert (
+        version.run_id == run_id and client.get_model_version_by_alias("faces", "candidate").version == version.version
+    )
+    slow = [path for fault, path in proxy.seen if fault == "slow3"]
+    assert any("log-batch" in path for path in slow)
+    assert sorted(call_s)[len(call_s) // 2] < 0.005
+
+
+def test_a_registry_that_refuses_the_login_and_a_slow_store_hold_up_no_file(
+    running: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    proxy, run_dir = Proxy(running), tmp_path / "runs" / "one"
+    config = TrackingConfig(uri=proxy.uri)
+    tracker = Tracker(config, run_dir, "one", tmp_path / "runs")
+    tracker.start_run("new", "one/new")
+    _until(lambda: tracker.pending() == 0, 60, "the run")
+    # Answers come later than a request's 2 s, every one of them: the wait grows until they are heard.
+    proxy.always = {"/": "slow2.5"}
+    tracker.log_metrics("new", {"slow": 1.0}, 1)
+    _until(lambda: tracker.pending() == 0, 60, "a point through a slow server")
+    proxy.always = {}
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    # A server answers an upload when its own store has the file; one of 6 MB may take 2 s + 3 s.
+    large = run_dir / "large.bin"
+    large.write_bytes(bytes(6_000_000))
+    proxy.once = {"large.bin": "slow3.5"}
+    tracker.log_file("new", large)
+    _until(lambda: tracker.pending() == 0, 60, "the large file")
+    assert [path for fault, path in proxy.seen if "large.bin" in path and fault != "slow3.5"] == []
+
+    proxy.always = {"registered-models/create": "403"}
+    _register(tracker, run_dir, ("candidate",), "guarded")
+    tracker.set_alias("new", "guarded", "champion")
+    tracker.log_text("new", "later", "later.txt")
+    tracker.log_metrics("new", {"x": 1.0}, 1)
+    _until(lambda: 2 <= tracker.pending() <= 3, 60, "all but the model and its alias")
+    assert "MLflow does not take the model 'guarded'" in caplog.text
+    assert tracker.close(3) is False
+    assert tracker.pending() == 2
+    run_id, client = tracker.run_ids()["new"], _client(running.uri)
+    assert Path(client.download_artifacts(run_id, "later.txt", str(tmp_path))).read_text() == "later"
+    assert client.search_model_versions("name = 'guarded'") == []
+
+    proxy.always = {}
+    tracker = Tracker(config, run_dir, "one", tmp_path / "runs")
+    assert tracker.close(60) is True
+    proxy.close()
+    for alias in ("candidate", "champion"):
+        assert client.get_model_version_by_alias("guarded", alias).run_id == run_id
 
 
 def test_server_down_at_start_killed_stopped_and_back(
@@ -320,8 +567,9 @@ def test_artifact_storage_that_fails_does_not_hold_up_metrics(tmp_path: Path, ca
     tracker.log_text("new", "first", "note.txt")
     tracker.log_metrics("new", {"x": 1.0}, 1)
     tracker.log_text("new", "second", "note.txt")
+    _register(tracker, run_dir, ("candidate",))
     tracker.end_run("new")
-    _until(lambda: tracker.pending() == 2, 60, "all but the two texts")
+    _until(lambda: tracker.pending() == 4, 60, "all but the two texts, the weights and their version")
     assert "artifact storage does not take files" in caplog.text
     assert tracker.close(0.1) is False
     run_id = tracker.run_ids()["new"]
@@ -332,6 +580,97 @@ def test_artifact_storage_that_fails_does_not_hold_up_metrics(tmp_path: Path, ca
     tracker = Tracker(TrackingConfig(), run_dir, "three", store)
     assert tracker.close(60) is True
     assert Path(client.download_artifacts(run_id, "note.txt", str(tmp_path))).read_text() == "second"
+    assert client.get_model_version_by_alias("faces", "candidate").run_id == run_id
+
+
+def test_inputs_and_models_come_once_whatever_is_said_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from mlflow.models import Model
+
+    store, uri = tmp_path / "runs", f"sqlite:///{tmp_path}/runs/mlflow.db"
+    ids = {}
+    for name in ("first", "second", "first", "first without its position"):
+        run_dir = store / name.split()[0]
+        if "without" in name:
+            (run_dir / "tracking.json").unlink()
+        tracker = Tracker(TrackingConfig(), run_dir, name.split()[0], store)
+        tracker.start_run("new", name.split()[0])
+        profile = {"num_images": 7, "at": Path("faces")}
+        tracker.log_input("new", "faces", "d" * 64, "training", "s3://b/faces", profile, {"lce.split": "train"})
+        tracker.log_input("new", "pairs", "e1", "evaluation", "https://example.org/pairs", {})
+        tracker.log_input("new", "faces", "d" * 64, "training", "s3://b/faces", profile)
+        _register(tracker, run_dir, ("candidate",))
+        tracker.end_run("new")
+        assert tracker.close(60) is True
+        ids[name.split()[0]] = str(tracker.run_ids()["new"])
+
+    client = _client(uri)
+    versions = {one.run_id: one for one in client.search_model_versions("name = 'faces'")}
+    assert sorted(versions) == sorted(ids.values()) and len(client.search_model_versions()) == 2
+    # The second run took the alias; saying the first run's story again does not give it back.
+    assert client.get_model_version_by_alias("faces", "candidate").run_id == ids["second"]
+    version = versions[ids["first"]]
+    tags = {name: value for name, value in version.tags.items() if not name.startswith(("lce.key", "lce.alias"))}
+    assert tags == {"lce.space": "s2", "lce.parent_space": "s1", "lce.threshold": "0.43"}
+    assert version.description == "**new** model"
+    assert version.source == f"{client.get_run(ids['first']).info.artifact_uri}/model"
+    folder = Path(client.download_artifacts(ids["first"], "model", str(tmp_path)))
+    assert sorted(file.name for file in folder.iterdir()) == ["MLmodel", "model.safetensors"]
+    model = Model.load(str(folder / "MLmodel"))
+    assert model.flavors == {} and model.run_id == ids["first"]
+    (image,), (vector,) = model.signature.inputs.inputs, model.signature.outputs.inputs
+    assert (image.name, image.shape, str(image.type)) == ("images", (-1, 3, 112, 112), "float32")
+    assert (vector.name, vector.shape, str(vector.type)) == ("vectors", (-1, 512), "float32")
+
+    inputs = {one.dataset.name: one for one in client.get_run(ids["first"]).inputs.dataset_inputs}
+    assert len(client.get_run(ids["first"]).inputs.dataset_inputs) == 2
+    data = inputs["faces"].dataset
+    assert (data.digest, data.source_type, json.loads(data.source)) == ("d" * 36, "s3", {"uri": "s3://b/faces"})
+    assert json.loads(data.profile) == {"num_images": 7, "at": "faces"} and data.schema is None
+    assert {tag.key: tag.value for tag in inputs["faces"].tags} == {
+        "mlflow.data.context": "training",
+        "lce.split": "train",
+    }
+    assert json.loads(inputs["pairs"].dataset.source) == {"url": "https://example.org/pairs"}
+
+    # What a gate does at once.
+    assert set_model_alias(uri, "faces", ids["first"], "champion") == int(version.version)
+    tag_run(uri, ids["first"], {"lce.gate": "passed", "lce.gate.floor": 0.9})
+    (tmp_path / "gate.json").write_text("{}")
+    log_run_file(uri, ids["first"], tmp_path / "gate.json", "gate")
+    assert client.get_model_version_by_alias("faces", "champion").run_id == ids["first"]
+    assert client.get_run(ids["first"]).data.tags["lce.gate.floor"] == "0.9"
+    assert [file.path for file in client.list_artifacts(ids["first"], "gate")] == ["gate/gate.json"]
+    with pytest.raises(RunError, match=r"run 0{32} has no version of the registered model 'faces'"):
+        set_model_alias(uri, "faces", "0" * 32, "champion")
+    with pytest.raises(RunError, match=r"refuses.*not found"):
+        tag_run(uri, "0" * 32, {"a": 1})
+    with pytest.raises(RunError, match=r"gone\.json is not a file"):
+        log_run_file(uri, ids["first"], tmp_path / "gone.json")
+    with pytest.raises(RunError, match=r"no MLflow store at sqlite:///.*/nowhere\.db"):
+        tag_run(f"sqlite:///{tmp_path}/nowhere.db", ids["first"], {"a": 1})
+    assert not (tmp_path / "nowhere.db").exists()
+    # Said through the spool, before there is a version.
+    tracker = Tracker(TrackingConfig(), store / "third", "third", store)
+    tracker.start_run("new", "third")
+    tracker.set_alias("new", "faces", "champion")
+    tracker.set_alias("new", "faces", "shadow", version=int(versions[ids["second"]].version))
+    assert tracker.close(60) is True
+    assert "alias champion is skipped: run 'new' has no version of 'faces'" in caplog.text
+    assert client.get_model_version_by_alias("faces", "shadow").run_id == ids["second"]
+
+
+def test_a_gate_hears_within_seconds_that_mlflow_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # takes the connection and never answers
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+        start = time.monotonic()
+        with pytest.raises(RunError, match=r"anna:\*\*\*@127.0.0.1.*does not answer as it should") as caught:
+            tag_run(f"http://anna:hunter2@127.0.0.1:{silent.getsockname()[1]}", "0" * 32, {"a": 1})
+        assert time.monotonic() - start < 30
+    assert "hunter2" not in str(caught.value) and "\n" not in str(caught.value)
+    with _answering(401) as port, pytest.raises(RunError, match="see to the login"):
+        set_model_alias(f"http://127.0.0.1:{port}", "faces", "0" * 32, "champion")
 
 
 @contextmanager

@@ -1,0 +1,211 @@
+"""What of a run goes to MLflow: one run a stage under one parent, the data, the figures, the registered model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.prepare import Prepared, fingerprint_of
+from launch.report import open_report
+from launch.sheet import sheet_of
+from lce_dist.config import Config
+from lce_dist.evaluation.figures import training_curves
+from lce_dist.evaluation.matrix import PAIRS
+from lce_dist.tracking import Tracker
+
+CANDIDATE = "candidate"  # the alias of the model registered last; ``lce gate`` moves the one that is shipped
+_CLOSE_S = 60.0
+
+
+class RunTracking:
+    """A run as MLflow sees it, event by event."""
+
+    def __init__(self, tracker: Tracker, run_dir: Path) -> None:
+        self.tracker = tracker
+        self._run_dir = run_dir
+        self._open_stages: set[str] = set()
+
+    def open(self, config: Config, prepared: Prepared, num_nodes: int, num_ranks: int) -> None:
+        """Start, or go on with, the parent run: settings, data, the machine's load."""
+        tracker, split, dataset = self.tracker, prepared.split, prepared.dataset
+        tracker.start_run(
+            "parent", config.run.name, tags={"lce.fingerprint": fingerprint_of(prepared.identity(config))}
+        )
+        tracker.set_tags("parent", {"lce.num_nodes": num_nodes, "lce.num_ranks": num_ranks})
+        tracker.log_params("parent", _flat(config.result_values()))
+        tracker.log_params(
+            "parent",
+            {
+                "data.num_images": dataset.num_samples,
+                "data.num_train_identities": len(split.train),
+                "data.num_old_identities": len(split.old),
+                "data.num_heldout_identities": len(split.heldout),
+                "data.fingerprint": dataset.fingerprint[:16],
+            },
+        )
+        source = config.data.images or config.data.shards or "drawn"
+        parts = (("old model", split.old, "training"), ("new model", split.train, "training"))
+        for part, identities, context in (*parts, ("held out", split.heldout, "evaluation")):
+            view = dataset.select(identities)
+            profile = {"images": view.num_samples, "identities": view.num_classes, "image_size": config.data.image_size}
+            tracker.log_input("parent", part, view.fingerprint, context, source, profile)
+        resolved = self._run_dir / "resolved.json"
+        resolved.write_text(json.dumps(config.model_dump(mode="json"), indent=2))
+        tracker.log_file("parent", resolved, "config")
+        tracker.monitor("parent")
+        sheet = self._run_dir / "figures" / "contact_sheet.png"
+        if config.data.synthetic is not None and not sheet.exists():
+            # drawn faces belong to nobody; people's own images are not copied into MLflow
+            sheet.parent.mkdir(exist_ok=True)
+            sheet_of(dataset, 8, 8, 64).save(sheet)
+            tracker.log_file("parent", sheet, "figures")
+
+    def follow(self, event: dict[str, Any]) -> None:
+        """Pass on what the workers report."""
+        kind, stage = event["type"], event.get("stage")
+        if stage is None:
+            return
+        if kind == "stage_start":
+            self.tracker.start_run(stage, stage, parent="parent")
+            self._open_stages.add(stage)
+        elif kind == "metrics" and event["metrics"]:
+            self.tracker.log_metrics(stage, event["metrics"], event["step"])
+        elif kind == "beside":
+            self.tracker.log_metrics(stage, event["metrics"], event["step"])
+            if event["warning"] is not None:
+                self.tracker.set_tags("parent", {"lce.warning": event["warning"]})
+        elif kind in ("stage_done", "stage_skipped") and stage in self._open_stages:
+            model, bridge = self._run_dir / stage / "model.safetensors", self._run_dir / "bridge"
+            if model.exists():
+                self.tracker.log_file(stage, model, "model")
+            if stage == "bridge" and bridge.exists():
+                self.tracker.log_file(stage, bridge)
+            self.tracker.end_run(stage)
+            self._open_stages.remove(stage)
+
+    def results(self, config: Config, gate: dict[str, Any]) -> None:
+        """Numbers, description, figures and report on the parent run; the new model as a version in the registry."""
+        report = open_report(self._run_dir)
+        self.tracker.log_metrics("parent", _result_metrics(report, gate), 0)
+        tags = {"mlflow.note.content": _description(report, gate, config), "lce.space": report["space"]}
+        self.tracker.set_tags("parent", tags | {"lce.parent_space": report["parent_space"]})
+        for figure in sorted((self._run_dir / "figures").glob("*.png")):
+            if figure.name != "contact_sheet.png":
+                self.tracker.log_file("parent", figure, "figures")
+        for name in ("report.html", "report.json", "gate.json"):
+            self.tracker.log_file("parent", self._run_dir / name)
+        if (self._run_dir / "new" / "model.safetensors").exists():
+            self._register(config, report, gate)
+
+    def _register(self, config: Config, report: dict[str, Any], gate: dict[str, Any]) -> None:
+        far = repr(float(report["criterion_far"]))
+        thresholds = {key: report[key]["threshold_at_far"][far] for key in ("new_old", "new_new")}
+        card = {
+            "net": config.new.net,
+            "embedding_dim": config.new.embedding_dim,
+            "image_size": config.data.image_size,
+            "space": report["space"],
+            "parent_space": report["parent_space"],
+            "mode": report["mode"],
+            "method": report["method"],
+            "bridge": None if report["bridge"] is None else report["bridge"]["kind"],
+            "threshold_new_old": thresholds["new_old"],
+            "threshold_new_new": thresholds["new_new"],
+            "threshold_far": report["criterion_far"],
+            "fingerprint": report["fingerprint"],
+        }
+        self.tracker.log_text("new", json.dumps(card, indent=2), "model/card.json")
+        size = config.data.image_size
+        self.tracker.register_model(
+            "new",
+            config.tracking.model or config.run.name,
+            "model",
+            {"images": (-1, 3, size, size)},
+            {"vectors": (-1, config.new.embedding_dim)},
+            gate["answers"]["Is it safe to ship?"],
+            {name: value for name, value in card.items() if value is not None},
+            (CANDIDATE,),
+        )
+
+    def close(self, status: str) -> bool:
+        """End every open run; whether MLflow has everything."""
+        for stage in (*self._open_stages, "parent"):
+            self.tracker.end_run(stage, status)
+        return self.tracker.close(_CLOSE_S if status == "FINISHED" else 5.0)
+
+
+def draw_curves(run_dir: Path) -> None:
+    """Loss terms of each trained stage, read back from the events that were kept for MLflow."""
+    series: dict[str, dict[str, dict[int, float]]] = {}
+    with (run_dir / "tracking.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                event = json.loads(line)
+                if event.get("kind") == "metrics":
+                    for name, value in event["metrics"].items():
+                        if name.startswith("loss/"):
+                            points = series.setdefault(event["key"], {}).setdefault(name.removeprefix("loss/"), {})
+                            points[event["step"]] = value
+    for stage, curves in series.items():
+        # the two terms of compatibility are a hundredth of the classification loss: a picture of their own
+        for suffix, names in (("", ("total", "classification")), ("_compatibility", ("alignment", "boundary"))):
+            shown = {name: sorted(curves[name].items()) for name in names if name in curves}
+            if shown:
+                figure = training_curves(shown, f"{stage} model: {' and '.join(shown)}", "loss")
+                figure.savefig(run_dir / "figures" / f"losses_{stage}{suffix}.png", dpi=150)
+
+
+def _result_metrics(report: dict[str, Any], gate: dict[str, Any]) -> dict[str, float]:
+    metrics: dict[str, float | None] = {
+        "result/gate_passed": float(gate["passed"]),
+        "result/criterion_met": report["criterion_met"] and float(report["criterion_met"]),
+        "result/update_gain": report["update_gain"],
+        "result/confidence": report["confidence"],
+    }
+    for key in PAIRS:
+        if key in report:
+            metrics[f"rank1/{key}"] = report[key]["rank1"]
+            for far, value in report[key]["tar_at_far"].items():
+                metrics[f"tar_at_far_{far}/{key}"] = value
+    for key, entry in report["procrustes"].items():
+        for far, value in entry["tar_at_far"].items():
+            metrics[f"tar_at_far_{far}/{key}_rotated"] = value
+    for name, flips in report["flips"].items():
+        metrics[f"flips/{name}_negative"] = flips["negative_rate"]
+        metrics[f"flips/{name}_positive"] = flips["positive"] / flips["num_genuine"]
+    for key, kept in report["old_threshold_kept"].items():
+        metrics[f"old_threshold_kept/far_{key}"] = kept["far"]
+    for order, curve in (report["backfill"] or {"orders": {}})["orders"].items():
+        metrics[f"backfill/area_{order}"] = curve["area"]
+    for name, value in (report["p_scores"] or {}).items():
+        metrics[f"result/{name}"] = value
+    return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def _description(report: dict[str, Any], gate: dict[str, Any], config: Config) -> str:
+    far = repr(float(report["criterion_far"]))
+    old = config.old.net or config.old.weights or config.old.vectors
+    rows = [
+        f"| {query} | {gallery} | {report[key]['tar_at_far'][far]:.3f} | {report[key]['rank1']:.3f} | "
+        f"{report[key]['threshold_at_far'][far]:.4f} |"
+        for key, (query, gallery) in PAIRS.items()
+        if key in report
+    ]
+    checks = [
+        f"| {check['name']} | {check['asked']} | {check['reached']} | {'passed' if check['passed'] else '**failed**'} |"
+        for check in gate["checks"]
+    ]
+    lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**: `{old}` to `{config.new.net}`.", ""]
+    for question, answer in gate["answers"].items():
+        lines += [f"**{question}** {answer}", ""]
+    lines += [f"| query | gallery | TAR at FAR {far} | rank-1 | threshold |", "|---|---|---|---|---|", *rows, ""]
+    lines += ["| check | asked | reached | |", "|---|---|---|---|", *checks]
+    return "\n".join([*lines, "", "The whole report is the artifact report.html."])
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,140 @@
+"""``lce gate`` over a run's directory and a real MLflow store: exit codes, files, tags, the alias."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+
+from launch.cli import main
+from launch.report import RunFacts, write_report
+from launch.run_tracking import CANDIDATE, RunTracking
+from lce_dist.config import Config, load_config
+from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.matrix import build_matrix, cells_of
+from lce_dist.evaluation.upgrade import examine
+from lce_dist.tracking import Tracker
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+
+
+def model(name: str, seed: int, noise: float, num: int = 400) -> EmbeddingSet:
+    labels = np.arange(num) % 50
+    likes = np.random.default_rng(3).normal(size=(50, 16))[labels]
+    rows = likes + noise * np.random.default_rng(seed).normal(size=likes.shape)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return EmbeddingSet(name, rows.astype(np.float32), labels.astype(np.int64), np.arange(num))
+
+
+def finished_run(folder: Path, name: str, new_noise: float, seed: int = 2) -> tuple[Path, Config]:
+    """A run's directory as training leaves it, its model among the files."""
+    run_dir = folder / name
+    (run_dir / "new").mkdir(parents=True)
+    (run_dir / "new" / "model.safetensors").write_bytes(b"weights of " + name.encode())
+    config = load_config(QUICKSTART, [f"run.name={name}", "tracking.model=faces"])
+    (run_dir / "resolved.json").write_text(json.dumps(config.model_dump(mode="json")))
+    cells = cells_of(model("old", 1, 0.75), model("new", seed, new_noise), None)
+    cover = {"cover": np.random.default_rng(7).choice(["none", "mask"], 400)}
+    upgrade = examine(build_matrix(cells, (0.01, 0.001)), cells, 0.01, cover)
+    write_report(run_dir, config, RunFacts("f", "new space", "old space", {"new": 10.0}, 4, 2, None), upgrade, {})
+    return run_dir, config
+
+
+def tracked(run_dir: Path, config: Config) -> None:
+    """What training tells MLflow of it."""
+    tracking = RunTracking(Tracker(config.tracking, run_dir, config.run.name, run_dir.parent), run_dir)
+    tracking.tracker.start_run("parent", config.run.name)
+    tracking.follow({"type": "stage_start", "stage": "new"})
+    tracking.follow({"type": "stage_done", "stage": "new"})
+    tracking.results(config, json.loads((run_dir / "gate.json").read_text()))
+    assert tracking.close("FINISHED")
+
+
+def test_the_alias_moves_to_a_run_that_passes_and_to_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    good, config = finished_run(tmp_path, "good", 0.4)
+    assert main(["gate", str(good), "--no-mlflow"]) == 0
+    told = capsys.readouterr().out
+    assert "passed" in told and "not passed" not in told
+    tracked(good, config)
+    assert main(["gate", str(good)]) == 0
+    assert "faces@champion is now version 1" in capsys.readouterr().out
+
+    weak, weak_config = finished_run(tmp_path, "weak", 1.1)
+    assert main(["gate", str(weak), "--no-mlflow"]) == 1
+    capsys.readouterr()
+    tracked(weak, weak_config)
+    assert main(["gate", str(weak)]) == 1
+    caught = capsys.readouterr()
+    assert "the alias stays where it is" in caught.out
+    assert f"{weak} may not be shipped: " in caught.err and caught.err.count("\n") == 1
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert str(client.get_model_version_by_alias("faces", "champion").version) == "1"
+    assert str(client.get_model_version_by_alias("faces", CANDIDATE).version) == "2"
+    version = client.get_model_version("faces", "1")
+    assert (version.tags["space"], version.tags["parent_space"]) == ("new space", "old space")
+    assert float(version.tags["threshold_new_old"]) > 0.0
+    for run_dir, word in ((good, "passed"), (weak, "not passed")):
+        run_id = json.loads((run_dir / "tracking.json").read_text())["runs"]["parent"]
+        run = client.get_run(run_id)
+        assert run.data.tags["lce.gate"] == word
+        assert {"report.html", "gate.json", "report.json"} <= {entry.path for entry in client.list_artifacts(run_id)}
+        assert "Is it safe to ship?" in run.data.tags["mlflow.note.content"]
+    assert run.data.tags["lce.gate.reasons"]
+
+    # a second good one takes the alias over; asked again, the first takes it back
+    better, better_config = finished_run(tmp_path, "better", 0.3, seed=5)
+    assert main(["gate", str(better), "--no-mlflow"]) == 0
+    tracked(better, better_config)
+    for run_dir, number in ((better, "3"), (good, "1")):
+        assert main(["gate", str(run_dir)]) == 0
+        assert str(client.get_model_version_by_alias("faces", "champion").version) == number
+
+
+def test_other_bounds_json_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, _ = finished_run(tmp_path, "run", 0.4)
+    asked = ["gate", str(run_dir), "--no-mlflow", "--json", "-"]
+
+    def verdict(*more: str) -> tuple[int, dict[str, Any]]:
+        code = main([*asked, *more])
+        return code, json.loads(capsys.readouterr().out)
+
+    code, entry = verdict()
+    assert code == 0 and entry["passed"] and len(entry["checks"]) == 4
+    code, entry = verdict("--set", "gate.max_negative_flips=0.0001")
+    assert code == 1 and [check["passed"] for check in entry["checks"]].count(False) == 1
+    assert json.loads((run_dir / "gate.json").read_text())["passed"] is False
+    assert "do not ship" in (run_dir / "report.html").read_text()
+    code, entry = verdict("--set", "gate.max_negative_flips=off", "--set", "gate.min_slice_gain=off")
+    assert code == 0 and len(entry["checks"]) == 2
+
+    for arguments, what in (
+        ([str(tmp_path)], "holds no report.json"),
+        ([str(run_dir), "--set", "optim.lr=1"], "must be gate.KEY=VALUE"),
+        ([str(run_dir), "--set", "gate.confidence=2"], "gate.confidence"),
+        ([str(run_dir), "--set", "gate.confidense=0.9"], "did you mean 'confidence'"),
+    ):
+        assert main(["gate", *arguments, "--no-mlflow"]) == 2
+        caught = capsys.readouterr().err
+        assert what in caught and caught.count("\n") == 1, caught
+    assert main(["gate", str(run_dir)]) == 0  # MLflow has not heard of it
+    assert "does not know this run" in capsys.readouterr().out
+
+
+def test_a_gate_that_cannot_reach_mlflow_says_so_with_another_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, config = finished_run(tmp_path, "run", 0.4)
+    assert main(["gate", str(run_dir), "--no-mlflow"]) == 0
+    tracked(run_dir, config)
+    (tmp_path / "mlflow.db").rename(tmp_path / "elsewhere.db")
+    assert main(["gate", str(run_dir)]) == 4
+    assert "passed, but the alias did not move: no MLflow store" in capsys.readouterr().err
+    assert main(["gate", str(run_dir), "--set", "gate.max_negative_flips=0"]) == 1
