@@ -70,6 +70,8 @@ def html_report(name: str, report: Mapping[str, Any], verdict: GateVerdict, answ
         f'<p class="small">Intervals at 95 %, at FAR {far}, over identities drawn again '
         f"({report['images_drawn_for_intervals']:,} of {report['num_heldout_images']:,} images). {_text(' '.join(report['reasons']))}</p>",
     ]
+    if report["pairs"]:
+        parts += ["<h2>Pair files</h2>", _pairs(report)]
     for stem, caption in _PICTURES:
         parts.append(_picture(figures / f"{stem}.png", caption))
     if report["slices"]:
@@ -103,6 +105,34 @@ def _matrix(report: Mapping[str, Any]) -> str:
         rows.append(((*cells, f"{entry['threshold_at_far'][far]:.4f}"), False))
     heads = ("query in gallery", *(f"TAR at FAR {each}" for each in fars), "interval", "rank-1", f"threshold for {far}")
     return _table(heads, rows, first_number=1)
+
+
+def _pairs(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            (
+                name,
+                " in ".join(PAIRS[key]),
+                f"{cell['num_pairs']:,}",
+                f"{cell['accuracy']:.4f} ± {cell['accuracy_std']:.4f}",
+                f"{cell['equal_error_rate']:.4f}",
+                *(f"{tar:.4f}" for tar in cell["tar_at_far"].values()),
+            ),
+            False,
+        )
+        for name, entry in report["pairs"].items()
+        for key, cell in entry.items()
+    ]
+    fars = next(iter(next(iter(report["pairs"].values())).values()))["tar_at_far"]
+    heads = (
+        "file",
+        "query in gallery",
+        "pairs",
+        "accuracy, 10 folds",
+        "equal error rate",
+        *(f"TAR at FAR {each}" for each in fars),
+    )
+    return _table(heads, rows, first_number=2)
 
 
 def _groups(report: Mapping[str, Any]) -> str:

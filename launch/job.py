@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from launch.bridge import bridge_stage, some_identities
+from launch.pair_sets import accuracy_cells, open_pair_sets, pair_set_entries
 from launch.prepare import heldout_attributes, open_old_model
 from launch.report import RunFacts, write_report
 from launch.stored import StoredOld, open_stored
@@ -142,17 +143,38 @@ def run_job(job: Job, world: World, report: Report) -> None:
     matrix = build_matrix(cells, config.evaluation.fars, world)
     procrustes = build_matrix(rotated, config.evaluation.fars, world)
     step_done()
+    pairs = _pair_sets(job, nets, bridge, world)
     if world.is_first:
         # the rest is decided by few pairs: one rank, on its device
         columns = heldout_attributes(config, job.base_dir, dataset, sets["new"].sample_ids_N)
         alone = World(device=world.device)
-        upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, alone)
+        others = accuracy_cells(pairs)
+        upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, alone, others)
         card = None if bridge is None else read_card(job.run_dir / "bridge")
         spaces = fingerprint(new), _fingerprint_of(old)
         facts = RunFacts(job.fingerprint, *spaces, _read_speeds(job.run_dir), world.size, world.num_nodes, card)
-        write_report(job.run_dir, config, facts, upgrade, procrustes)
+        write_report(job.run_dir, config, facts, upgrade, procrustes, pairs)
         step_done()
         report({"type": "stage_done", "stage": "evaluation"})
+
+
+def _pair_sets(
+    job: Job, nets: dict[str, tuple[OldModel, int]], bridge: nn.Module | None, world: World
+) -> dict[str, dict[str, Any]]:
+    """What every cell reaches on the pair files that the config names."""
+    evaluation = job.config.evaluation
+    found = {}
+    for pair_set in open_pair_sets(evaluation.pairs, job.base_dir, job.cache_dir):
+        sets = {}
+        for name, (net, dim) in nets.items():
+            vectors, labels, ids = gather_all(embedded(job, net, dim, pair_set.view, world)(), world)
+            sets[name] = EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
+        crossing = _crossing(sets, bridge, job.config.compat.manner) or (sets["new"], sets["old"])
+        cells = {"old_old": (sets["old"], sets["old"]), "new_old": crossing, "new_new": (sets["new"], sets["new"])}
+        if "independent" in sets:
+            cells["independent_new"] = (sets["independent"], sets["independent"])
+        found[pair_set.name] = pair_set_entries(pair_set, cells, evaluation.fars)
+    return found
 
 
 def _rotated(

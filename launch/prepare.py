@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from launch.pair_sets import open_pair_sets
 from launch.stored import check_against_vectors, open_stored
 from lce_dist.compat.methods import find_method
 from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
@@ -46,10 +47,12 @@ class Prepared:
     old_weights: str | None  # fingerprint of weights and preprocessing, or of stored vectors
     new_weights: str | None  # fingerprint
     first_rows: str | None  # fingerprint of head.start_from
+    pair_sets: tuple[str, ...]  # fingerprints of evaluation.pairs
 
     def identity(self, config: Config) -> dict[str, object]:
         """All that the run's results depend on: settings, data, given weights and rows."""
-        given = {"old_weights": self.old_weights, "new_weights": self.new_weights, "first_rows": self.first_rows}
+        given: dict[str, object] = {"old_weights": self.old_weights, "new_weights": self.new_weights}
+        given |= {"first_rows": self.first_rows, "pair_sets": list(self.pair_sets)}
         return {**config.result_values(), "data_content": self.dataset.fingerprint, **given}
 
 
@@ -132,6 +135,12 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     )
     heldout = dataset.select(split.heldout)
     heldout_attributes(config, Path(), dataset, heldout.sample_ids)
+    if config.evaluation.pairs and config.old.weights is None and config.old.vectors is not None:
+        raise ConfigError(
+            f"evaluation.pairs names {len(config.evaluation.pairs)} pair files, whose images have no stored old vectors "
+            "(old.vectors). Remove it, or give the old model itself (old.weights)"
+        )
+    pair_sets = open_pair_sets(config.evaluation.pairs, Path(), cache, progress)
     if np.bincount(heldout.labels).max() < 2:
         raise DataError(
             f"none of the {len(split.heldout)} held-out identities has 2 images; evaluation compares images of one "
@@ -146,7 +155,8 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         if section.weights is None and not (name == "old" and config.old.vectors is not None):
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
-    return Prepared(dataset, split, plans, old_weights, new_weights, first_rows)
+    fingerprints = tuple(one.fingerprint for one in pair_sets)
+    return Prepared(dataset, split, plans, old_weights, new_weights, first_rows, fingerprints)
 
 
 def open_old_model(config: Config, base_dir: Path, device: torch.device) -> FrozenModel:

@@ -42,12 +42,18 @@ class RunFacts:
 
 
 def write_report(
-    run_dir: Path, config: Config, facts: RunFacts, upgrade: Upgrade, rotated: Mapping[str, PairResult]
+    run_dir: Path,
+    config: Config,
+    facts: RunFacts,
+    upgrade: Upgrade,
+    rotated: Mapping[str, PairResult],
+    pairs: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Write ``figures/*.png`` and ``report.json`` (last, atomically); rotated: cells through Procrustes alone."""
+    """Write ``figures/*.png`` and ``report.json`` (last, atomically); rotated: cells through Procrustes alone; pairs: by pair file."""
     report: dict[str, Any] = {
         **upgrade_entries(upgrade),
         "procrustes": report_entries(rotated),
+        "pairs": dict(pairs),
         "mode": config.compat.mode,
         "method": None if config.compat.maps_only else config.compat.method,
         "bridge": facts.bridge,
@@ -84,6 +90,22 @@ def draw_figures(folder: Path, upgrade: Upgrade) -> None:
         figures["groups"] = groups_plot(upgrade.slices, far)
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
+
+
+def pairs_table(report: dict[str, Any]) -> Table | None:
+    """Accuracy over 10 folds on each pair file; None without any."""
+    sets = report.get("pairs", {})
+    if not sets:
+        return None
+    table = Table(title="pair files, accuracy over 10 folds", title_justify="left")
+    table.add_column("query, gallery")
+    for name in sets:
+        table.add_column(name, justify="right")
+    for key, title in _TITLES.items():
+        if all(key in entry for entry in sets.values()):
+            cells = (f"{entry[key]['accuracy']:.4f} ± {entry[key]['accuracy_std']:.4f}" for entry in sets.values())
+            table.add_row(title, *cells)
+    return table
 
 
 def result_table(report: dict[str, Any]) -> Table:

@@ -171,6 +171,9 @@ def _result_metrics(report: dict[str, Any], gate: dict[str, Any]) -> dict[str, f
     for key, entry in report["procrustes"].items():
         for far, value in entry["tar_at_far"].items():
             metrics[f"tar_at_far_{far}/{key}_rotated"] = value
+    for name, entry in report["pairs"].items():
+        for key, cell in entry.items():
+            metrics[f"pairs_{name}/accuracy_{key}"] = cell["accuracy"]
     for name, flips in report["flips"].items():
         metrics[f"flips/{name}_negative"] = flips["negative_rate"]
         metrics[f"flips/{name}_positive"] = flips["positive"] / flips["num_genuine"]

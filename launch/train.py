@@ -20,7 +20,7 @@ from launch.job import Job
 from launch.prepare import Prepared, claim_run_dir, fingerprint_of, prepare
 from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
-from launch.report import open_report, read_report, result_table
+from launch.report import open_report, pairs_table, read_report, result_table
 from launch.run_tracking import RunTracking, draw_curves
 from lce_dist.config import Config
 from lce_dist.errors import ConfigError, Interrupted, SetupError
@@ -173,6 +173,8 @@ _VERDICTS: dict[bool | None, tuple[str, str]] = {
 def _conclude(config: Config, run_dir: Path, console: Console, took_s: float | None) -> dict[str, Any]:
     report = open_report(run_dir)
     console.print(result_table(report))
+    if (pairs := pairs_table(report)) is not None:
+        console.print(pairs)
     word, colour = _VERDICTS[report["criterion_met"]]
     console.print(
         f"criterion [{colour}]{word}[/{colour}]: {' '.join(report['reasons'])}", highlight=False, soft_wrap=True

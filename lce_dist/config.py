@@ -314,13 +314,17 @@ class OptimConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """All pairs of the held-out identities' images; ``attributes``: a .csv or .parquet by whose columns they are grouped."""
+    """All pairs of the held-out identities' images, and those of public pair files (``pairs``: lfw.bin, ...).
+
+    attributes: a .csv or .parquet by whose columns the held-out images are grouped.
+    """
 
     fars: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (1e-2, 1e-3)
     criterion_far: Annotated[float, Field(gt=0.0, lt=1.0)] = 1e-2
     attributes: str | None = None
+    pairs: tuple[str, ...] = ()
 
-    @field_validator("fars", mode="before")
+    @field_validator("fars", "pairs", mode="before")
     @classmethod
     def _list_is_fine(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
@@ -459,6 +463,7 @@ class Config(_Section):
         )
         for section, key in places:
             values[section][key] = values[section][key] is not None
+        values["evaluation"]["pairs"] = len(self.evaluation.pairs)
         return values
 
     def fingerprint(self) -> str:

@@ -68,10 +68,12 @@ def examine(
     columns: Mapping[str, Words],
     seed: int = 0,
     world: World | None = None,
+    others: Mapping[str, Cells] | None = None,
 ) -> Upgrade:
     """Examine the upgrade whose cells, by the keys of ``matrix.PAIRS``, were compared into ``matrix``.
 
-    columns: attributes of the images, a value an image, in the order of the sets. world: of one, names the device.
+    columns: attributes of the images, a value an image, in the order of the sets. world: of one, names the device. others:
+    further test sets for the P-scores.
     Errors: RunError of ``criterion``, ``slices`` and ``backfill``. **Memory**: of those, one after the other.
     """
     thresholds = {key: result.threshold_at_far[far_key(far)] for key, result in matrix.items()}
@@ -102,7 +104,7 @@ def examine(
         flips if kept else {},
         curves,
         tuple(groups),
-        _p_scores(matrix, far),
+        _p_scores(matrix, far, others or {}),
     )
 
 
@@ -141,12 +143,12 @@ def _rows(one: EmbeddingSet, rows: Sequence[int]) -> EmbeddingSet:
     return EmbeddingSet(one.name, one.vectors_ND[chosen], one.labels_N[chosen], one.sample_ids_N[chosen])
 
 
-def _p_scores(matrix: Mapping[str, PairResult], far: float) -> PScores | None:
+def _p_scores(matrix: Mapping[str, PairResult], far: float, others: Mapping[str, Cells]) -> PScores | None:
     keys = ("old_old", "new_old", "new_new", "independent_new")
     if not set(keys) <= matrix.keys():
         return None
     values = [matrix[key].tar_at_far[far_key(far)] for key in keys]
-    return p_scores({"held-out": Cells(*values)}) if values[-1] > 0.0 else None
+    return p_scores({"held-out": Cells(*values), **others}) if values[-1] > 0.0 else None
 
 
 def upgrade_entries(upgrade: Upgrade) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -14,6 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
+
+from pipelines.synthetic import draw_photo
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIG = """
@@ -96,9 +101,22 @@ class Workplace:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     folder = tmp_path_factory.mktemp("work place")  # a space, as users have
-    (folder / "small.toml").write_text(CONFIG.replace("NET", "tiny16"))
+    write_pairs(folder / "drawn.bin")
+    (folder / "small.toml").write_text(CONFIG.replace("NET", "tiny16") + '[evaluation]\npairs = ["drawn.bin"]\n')
     (folder / "gn.toml").write_text(CONFIG.replace("NET", "tiny8-gn").replace('"tiny8"', '"tiny8-gn"'))
     return Workplace(folder)
+
+
+def write_pairs(path: Path, num_pairs: int = 20) -> None:
+    """A pair file as arcface_torch ships them, of drawn faces that no run has: half of its pairs are of one person."""
+    images = []
+    for number in range(2 * num_pairs):
+        pair, second = divmod(number, 2)
+        person = pair if pair % 2 == 0 else pair + 1000 * second
+        jpeg = io.BytesIO()
+        Image.fromarray(draw_photo(99, person, number, 64, 0.3)).save(jpeg, "JPEG")
+        images.append(jpeg.getvalue())
+    path.write_bytes(pickle.dumps((images, [pair % 2 == 0 for pair in range(num_pairs)])))
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float) -> None:

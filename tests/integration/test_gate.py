@@ -40,7 +40,7 @@ def finished_run(folder: Path, name: str, new_noise: float, seed: int = 2) -> tu
     cells = cells_of(model("old", 1, 0.75), model("new", seed, new_noise), None)
     cover = {"cover": np.random.default_rng(7).choice(["none", "mask"], 400)}
     upgrade = examine(build_matrix(cells, (0.01, 0.001)), cells, 0.01, cover)
-    write_report(run_dir, config, RunFacts("f", "new space", "old space", {"new": 10.0}, 4, 2, None), upgrade, {})
+    write_report(run_dir, config, RunFacts("f", "new space", "old space", {"new": 10.0}, 4, 2, None), upgrade, {}, {})
     return run_dir, config
 
 

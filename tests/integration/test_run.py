@@ -65,6 +65,12 @@ def test_report_table_and_files(workplace: Workplace, undisturbed: str) -> None:
     expected = report["new_old"]["tar_at_far"]["0.01"] > report["old_old"]["tar_at_far"]["0.01"]
     assert report["criterion_met"] is expected
     assert f"{report['new_new']['tar_at_far']['0.01']:.3f}" in undisturbed
+    pairs = report["pairs"]["drawn"]
+    assert set(pairs) == {"old_old", "new_old", "new_new", "independent_new"}
+    assert all(0.4 <= cell["accuracy"] <= 1.0 and cell["num_pairs"] == 20 for cell in pairs.values())
+    assert f"{pairs['new_old']['accuracy']:.4f} ±" in undisturbed
+    assert set(report["procrustes"]) == {"new_old", "independent_old"}
+    assert {group["column"] for group in report["slices"]} == {"cover", "light", "pose", "skin"}
     run = workplace.folder / "runs" / "small"
     for name in ("old/model.safetensors", "new/model.safetensors", "figures/matrix.png", "figures/losses_new.png"):
         assert (run / name).stat().st_size > 1000

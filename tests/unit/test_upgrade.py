@@ -47,7 +47,7 @@ def upgrade() -> Upgrade:
 @pytest.fixture
 def report(upgrade: Upgrade) -> dict[str, Any]:
     facts = {"mode": "training-direct", "method": "lce", "bridge": None, "num_nodes": 2, "num_ranks": 4}
-    facts |= {"images_per_s": 10.0, "fingerprint": "f", "num_heldout_images": 400, "procrustes": {}}
+    facts |= {"images_per_s": 10.0, "fingerprint": "f", "num_heldout_images": 400, "procrustes": {}, "pairs": {}}
     return copy.deepcopy({**upgrade_entries(upgrade), **facts})
 
 
