@@ -632,6 +632,15 @@ def test_inputs_and_models_come_once_whatever_is_said_again(tmp_path: Path, capl
     }
     assert json.loads(inputs["pairs"].dataset.source) == {"url": "https://example.org/pairs"}
 
+    # A creation that was taken unheard and came late left a second version; what somebody else registered stays.
+    copies = [{"lce.key": version.tags["lce.key"]}, {"made": "by hand"}]
+    late, other = (client.create_model_version("faces", version.source, ids["first"], tags=tags) for tags in copies)
+    tracker = Tracker(TrackingConfig(), store / "first", "first", store)
+    _register(tracker, store / "first")
+    assert tracker.close(60) is True
+    left = [one.version for one in client.search_model_versions(f"run_id = '{ids['first']}'")]
+    assert sorted(left) == sorted([version.version, other.version]) and late.version not in left
+
     # What a gate does at once.
     assert set_model_alias(uri, "faces", ids["first"], "champion") == int(version.version)
     tag_run(uri, ids["first"], {"lce.gate": "passed", "lce.gate.floor": 0.9})
