@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launch.bridge_cli import add_bridge_commands
+from launch.evaluate_cli import add_evaluate_commands
 from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_head_commands(commands)
     add_bridge_commands(commands)
+    add_evaluate_commands(commands)
     add_gate_command(commands)
     add_generations_command(commands)
     add_methods_command(commands)

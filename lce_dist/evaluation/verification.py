@@ -174,7 +174,7 @@ def _best_threshold(score_P: Floats, genuine_P: Bools, fold: int) -> float:
     if best == len(score_P):
         return float(np.nextafter(score_P[-1], np.inf))
     low, high = float(score_P[best - 1]), float(score_P[best])
-    middle = low + (high - low) / 2.0
+    middle = (low + high) / 2.0
     return middle if middle > low else high  # neighbouring floats have no middle
 
 
