@@ -49,7 +49,7 @@ class RunTracking:
         for part, identities, context in (*parts, ("held out", split.heldout, "evaluation")):
             view = dataset.select(identities)
             profile = {"images": view.num_samples, "identities": view.num_classes, "image_size": config.data.image_size}
-            tracker.log_input("parent", part, view.fingerprint, context, source, profile)
+            tracker.log_input("parent", part, view.fingerprint[:16], context, source, profile)
         resolved = self._run_dir / "resolved.json"
         resolved.write_text(json.dumps(config.model_dump(mode="json"), indent=2))
         tracker.log_file("parent", resolved, "config")
@@ -123,7 +123,7 @@ class RunTracking:
             "model",
             {"images": (-1, 3, size, size)},
             {"vectors": (-1, config.new.embedding_dim)},
-            gate["answers"]["Is it safe to ship?"],
+            "\n\n".join(f"**{question}** {answer}" for question, answer in gate["answers"].items()),
             {name: value for name, value in card.items() if value is not None},
             (CANDIDATE,),
         )

@@ -218,7 +218,7 @@ def photo_attributes(config: SyntheticConfig, identity: int, photo: int) -> dict
     return {
         "cover": cover if _cover(strengths[cover]) > 0 else "none",
         "light": "dark" if c.exposure < -0.2 else "bright" if c.exposure > 0.2 else "even",
-        "pose": "turned" if abs(c.yaw_rad) > 0.3 else "frontal",
+        "pose": "turned" if abs(c.yaw_rad) > 0.2 else "frontal",
         "skin": "light" if depth < 0.28 else "dark" if depth > 0.40 else "medium",
     }
 
