@@ -75,10 +75,10 @@ def main() -> int:
 
 def cost(arguments: argparse.Namespace) -> int:
     num_classes = 10_000 if arguments.quick else 100_000
-    samples = measure_cost(num_classes, 5 if arguments.quick else 13, 0.5)
-    marks = judge_cost(samples, num_classes)
+    turns = measure_cost(num_classes, 9 if arguments.quick else 31)
+    marks = judge_cost(turns, num_classes)
     name = f"{NAME}-cost"
-    return write_record(name, arguments.out, marks, raw_cost(samples, num_classes), file_stem(name))
+    return write_record(name, arguments.out, marks, raw_cost(turns, num_classes), file_stem(name))
 
 
 def study(arguments: argparse.Namespace) -> int:

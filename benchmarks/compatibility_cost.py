@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -52,24 +52,34 @@ class _Contestant:
         self.steps += 1
 
 
-def measure_cost(num_classes: int, rounds: int, block_s: float) -> dict[str, list[float]]:
-    """Seconds a step, one sample a round and manner."""
+@dataclass(frozen=True)
+class Turn:
+    """Seconds a step without the terms, and with them: each the mean of two, taken as none, with, with, none."""
+
+    none: float
+    with_terms: float
+
+
+def measure_cost(num_classes: int, rounds: int) -> dict[str, list[Turn]]:
+    """Turns by manner. A slow drift of the machine falls on both sides of a turn alike, a disturbance on one turn alone."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     contestants = _contestants(num_classes, World())
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    for contestant in contestants.values():
+        _seconds(contestant)
+    turns: dict[str, list[Turn]] = {name: [] for name in MANNERS}
     for _ in range(rounds):
-        for name, contestant in contestants.items():
-            warm = _seconds(contestant, 1)
-            samples[name].append(_seconds(contestant, max(1, min(20, int(block_s / warm)))))
-    return samples
+        for name in MANNERS:
+            first = _seconds(contestants[NOTHING])
+            both = _seconds(contestants[name]) + _seconds(contestants[name])
+            turns[name].append(Turn((first + _seconds(contestants[NOTHING])) / 2.0, both / 2.0))
+    return turns
 
 
-def _seconds(contestant: _Contestant, steps: int) -> float:
+def _seconds(contestant: _Contestant) -> float:
     started = time.perf_counter()
-    for _ in range(steps):
-        contestant.step()
-    return (time.perf_counter() - started) / steps
+    contestant.step()
+    return time.perf_counter() - started
 
 
 def _contestants(num_classes: int, world: World) -> dict[str, _Contestant]:
@@ -109,21 +119,25 @@ def _contestants(num_classes: int, world: World) -> dict[str, _Contestant]:
     return contestants
 
 
-def judge_cost(samples: dict[str, list[float]], num_classes: int) -> list[Mark]:
-    """Print the table; the mark is the direct manner's, the median over rounds of what it adds."""
-    print(
-        f"\n{'a step, C = ' + format(num_classes, ',') + f', B = {ROWS}':32}{'median ms':>11}{'min':>9}{'max':>9}{'added':>9}"
-    )
+def judge_cost(turns: dict[str, list[Turn]], num_classes: int) -> list[Mark]:
+    """Print the table; the mark is the direct manner's, the median over turns of what it adds."""
+    head = "a step, C = " + format(num_classes, ",") + f", B = {ROWS}"
+    print(f"\n{head:32}{'none, ms':>10}{'with, ms':>10}{'added':>9}{'  of the turns, half within':>30}")
     marks = []
-    for name, taken in samples.items():
-        added = statistics.median(one / none for one, none in zip(taken, samples[NOTHING], strict=True)) - 1.0
-        low, middle, high = (1e3 * f(taken) for f in (min, statistics.median, max))
-        print(f"{name:32}{middle:11.1f}{low:9.1f}{high:9.1f}{added:9.1%}")
+    for name, taken in turns.items():
+        ratios = sorted(turn.with_terms / turn.none - 1.0 for turn in taken)
+        added = statistics.median(ratios)
+        none, with_terms = (
+            1e3 * statistics.median(column) for column in zip(*((t.none, t.with_terms) for t in taken), strict=True)
+        )
+        low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
+        print(f"{name:32}{none:10.1f}{with_terms:10.1f}{added:9.1%}{low:20.1%} to {high:.1%}")
         if name == DIRECT:
             marks.append(Mark(f"LCE direct: added to a step at C={num_classes:,}", added, f"< {MOST}", added < MOST))
     return marks
 
 
-def raw_cost(samples: dict[str, list[float]], num_classes: int) -> dict[str, Any]:
+def raw_cost(turns: dict[str, list[Turn]], num_classes: int) -> dict[str, Any]:
     """What the record keeps."""
-    return {"num_classes": num_classes, "batch": ROWS, "dim": DIM, "seconds_a_step": samples}
+    seconds = {name: [asdict(turn) for turn in taken] for name, taken in turns.items()}
+    return {"num_classes": num_classes, "batch": ROWS, "dim": DIM, "seconds_a_step": seconds}

@@ -145,11 +145,10 @@ def run_job(job: Job, world: World, report: Report) -> None:
     step_done()
     pairs = _pair_sets(job, nets, bridge, world)
     if world.is_first:
-        # the rest is decided by few pairs: one rank, on its device
+        # the rest is decided by few pairs
         columns = heldout_attributes(config, job.base_dir, dataset, sets["new"].sample_ids_N)
-        alone = World(device=world.device)
         others = accuracy_cells(pairs)
-        upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, alone, others)
+        upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, others)
         card = None if bridge is None else read_card(job.run_dir / "bridge")
         spaces = fingerprint(new), _fingerprint_of(old)
         facts = RunFacts(job.fingerprint, *spaces, _read_speeds(job.run_dir), world.size, world.num_nodes, card)

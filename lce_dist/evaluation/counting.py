@@ -107,7 +107,11 @@ def count_pairs(
     **Collectives**: three all-reduces of 34 MB; every rank passes all vectors and returns the same counts.
     **Memory**: 16 MiB of scores (a GPU: 1 GiB), 150 MB of counts, 16 bytes an image; pairs are not kept.
     """
-    counts = count_part(query, gallery, max(fars), world)
+    check_comparable(query, gallery)
+    if len(query.labels_N) * len(gallery.labels_N) <= MOST_PAIRS_AT_ALL_LEVELS:
+        counts = count_at_all_levels(query, gallery)
+    else:
+        counts = _count_high_levels(query, gallery, max(fars), world or World())
     if counts.num_genuine == 0 or counts.num_impostor == 0:
         kind, need = (
             ("genuine", "an identity with two images") if counts.num_genuine == 0 else ("impostor", "two identities")
@@ -117,16 +121,6 @@ def count_pairs(
             f"({len(gallery.labels_N)} images) have 0 {kind} pairs; TAR at FAR needs at least 1. Hold out {need}"
         )
     return counts
-
-
-def count_part(
-    query: EmbeddingSet, gallery: EmbeddingSet, largest_far: float, world: World | None = None
-) -> PairCounts:
-    """As :func:`count_pairs`, also where there is no genuine or no impostor pair."""
-    check_comparable(query, gallery)
-    if len(query.labels_N) * len(gallery.labels_N) <= MOST_PAIRS_AT_ALL_LEVELS:
-        return count_at_all_levels(query, gallery)
-    return _count_high_levels(query, gallery, largest_far, world or World())
 
 
 def check_comparable(query: EmbeddingSet, gallery: EmbeddingSet) -> None:

@@ -26,11 +26,6 @@ class Mates:
     gallery_P: Ints
     level_P: dict[str, npt.NDArray[np.int32]]
 
-    def only(self, chosen_P: npt.NDArray[np.bool_]) -> Mates:
-        """The chosen ones."""
-        levels = {name: level_P[chosen_P] for name, level_P in self.level_P.items()}
-        return Mates(self.query_P[chosen_P], self.gallery_P[chosen_P], levels)
-
 
 def mates(cells: Mapping[str, Pair]) -> Iterator[Mates]:
     """All genuine pairs of different images, in the same order whatever the models; all cells must be of the same images.

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from lce_dist.errors import RunError
+from lce_dist.evaluation.counting import count_pairs
 from lce_dist.evaluation.embeddings import EmbeddingSet
-from lce_dist.evaluation.metrics import PairResult, compare, far_key
+from lce_dist.evaluation.metrics import PairResult, far_key, result_of
 from lce_dist.world import World
 
 # Key of a cell -> (query model, gallery model). "independent_new" is the paragon's self-test, M(*,*) in the paper.
@@ -68,11 +69,15 @@ def cells_of(
 def build_matrix(
     cells: Mapping[str, tuple[EmbeddingSet, EmbeddingSet]], fars: Sequence[float], world: World | None = None
 ) -> dict[str, PairResult]:
-    """Compare cell by cell. Errors, **Collectives**: of :func:`~lce_dist.evaluation.metrics.compare`.
+    """Compare cell by cell; ``kept`` is what a cell reaches at the thresholds of "old_old", where that is among them.
 
-    **Memory**: of one comparison at a time.
+    Errors, **Collectives**: of :func:`~lce_dist.evaluation.counting.count_pairs`. **Memory**: of one comparison at a time.
     """
-    return {key: compare(*pair, fars, world) for key, pair in cells.items()}
+    found: dict[str, PairResult] = {}
+    for key, pair in sorted(cells.items(), key=lambda cell: cell[0] != "old_old"):
+        thresholds = found["old_old"].threshold_at_far if "old_old" in found else {}
+        found[key] = result_of(count_pairs(*pair, fars, world), fars, thresholds)
+    return {key: found[key] for key in cells}
 
 
 def criterion(matrix: Mapping[str, PairResult], far: float) -> Verdict:

@@ -6,8 +6,8 @@ asked (see counting.py, which counts the pairs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,8 @@ class PairResult:
 
     roc: (FAR, TAR), both (P,), FAR spaced evenly in its logarithm. Histograms: pairs a bin of ``HISTOGRAM_EDGES``.
     num_ranked: queries with a mate in the gallery, those that rank-1 is a share of. Above ``exact_up_to_far`` the ROC,
-    and in scores below it the impostors' histogram, is an estimate from a sample of queries.
+    and in scores below it the impostors' histogram, is an estimate from a sample of queries. kept: (FAR, TAR) at given
+    thresholds, by their FARs elsewhere.
     """
 
     tar_at_far: dict[str, float]
@@ -43,6 +44,7 @@ class PairResult:
     genuine_histogram: Counts
     impostor_histogram: Counts
     exact_up_to_far: float = 1.0
+    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def far_key(far: float) -> str:
@@ -63,8 +65,8 @@ def compare(
     return result_of(count_pairs(query, gallery, fars, world), fars)
 
 
-def result_of(counts: PairCounts, fars: Sequence[float]) -> PairResult:
-    """What :func:`compare` returns, from pairs that were counted before."""
+def result_of(counts: PairCounts, fars: Sequence[float], thresholds: Mapping[str, float] | None = None) -> PairResult:
+    """What :func:`compare` returns, from pairs that were counted before; ``thresholds``: those of ``kept``."""
     lowest_far = max(1.0 / counts.num_impostor, min([1e-4, *fars]))
     roc_far_P = np.geomspace(lowest_far, 1.0, _ROC_POINTS)
     tar_F, threshold_F = counts.operating_points(np.concatenate([np.asarray(fars, dtype=np.float64), roc_far_P]))
@@ -80,6 +82,7 @@ def result_of(counts: PairCounts, fars: Sequence[float]) -> PairResult:
         genuine_histogram=_coarse(counts.genuine_L),
         impostor_histogram=_coarse(counts.impostor_L),
         exact_up_to_far=counts.exact_up_to_far,
+        kept={key: (counts.far_from(at), counts.tar_from(at)) for key, at in (thresholds or {}).items()},
     )
 
 

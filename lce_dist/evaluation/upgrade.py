@@ -14,9 +14,8 @@ from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.mates import Flips, Pair, flips_at, mates
 from lce_dist.evaluation.matrix import Verdict, criterion, report_entries
 from lce_dist.evaluation.metrics import PairResult, far_key
-from lce_dist.evaluation.scores import Cells, PScores, p_scores, reached_at
+from lce_dist.evaluation.scores import Cells, PScores, p_scores
 from lce_dist.evaluation.slices import Slice, Words, slices
-from lce_dist.world import World
 
 # what users live through: new queries in the gallery as it is, and after it was re-encoded
 CHANGES = {"shipped": ("old_old", "new_old"), "re_encoded": ("old_old", "new_new")}
@@ -67,13 +66,12 @@ def examine(
     far: float,
     columns: Mapping[str, Words],
     seed: int = 0,
-    world: World | None = None,
     others: Mapping[str, Cells] | None = None,
 ) -> Upgrade:
     """Examine the upgrade whose cells, by the keys of ``matrix.PAIRS``, were compared into ``matrix``.
 
-    columns: attributes of the images, a value an image, in the order of the sets. world: of one, names the device. others:
-    further test sets for the P-scores.
+    columns: attributes of the images, a value an image, in the order of the sets. others: further test sets for the
+    P-scores. Everything here is of bounded cost, whatever the number of images, but for a pass over genuine pairs.
     Errors: RunError of ``criterion``, ``slices`` and ``backfill``. **Memory**: of those, one after the other.
     """
     thresholds = {key: result.threshold_at_far[far_key(far)] for key, result in matrix.items()}
@@ -84,14 +82,13 @@ def examine(
     curves = None
     if "old_old" in matrix:
         for key in ("new_old", "new_new"):
-            reached = reached_at(cells[key], thresholds["old_old"])
-            kept[key] = Kept(reached.far, reached.tar, thresholds["old_old"], thresholds[key])
+            kept[key] = Kept(*matrix[key].kept[far_key(far)], thresholds["old_old"], thresholds[key])
         judged = {key: cells[key] for key in ("old_old", "new_old", "new_new", "independent_new") if key in matrix}
         for some in mates(judged):
             for name, (before, after) in CHANGES.items():
                 flips[name] += flips_at(some, before, after, thresholds)
         curves = backfill(cells["new_old"], cells["new_new"], cells["old_old"][1], far, seed)
-        groups = slices(judged, thresholds, columns, CHANGES, world)
+        groups = slices(judged, thresholds, columns, CHANGES)
     return Upgrade(
         dict(matrix),
         criterion(matrix, far),
