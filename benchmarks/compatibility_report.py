@@ -46,7 +46,7 @@ class Value:
     @property
     def between_seeds(self) -> float:
         """Standard deviation over seeds; 0 for a single one."""
-        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else 0.0
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else 0.0
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -57,7 +57,11 @@ class Value:
         return float(low), float(high)
 
     def plain(self) -> dict[str, Any]:
-        return {"mean": self.mean, "interval": self.interval, "between_seeds": self.between_seeds, "seeds": self.seeds}
+        numbers = (self.mean, *self.interval, self.between_seeds, *self.seeds)
+        mean, low, high, spread, *seeds = (
+            None if math.isnan(number) else number for number in numbers
+        )  # JSON has no nan
+        return {"mean": mean, "interval": [low, high], "between_seeds": spread, "seeds": seeds}
 
 
 @dataclass(frozen=True)
