@@ -27,7 +27,7 @@ from benchmarks.compatibility_plan import (
     contestants,
     plan_of,
 )
-from benchmarks.compatibility_report import Row, marks_of, rows_of, save_picture, table_of
+from benchmarks.compatibility_report import Row, marks_of, rows_of, save_picture, summary_of, table_of
 from benchmarks.compatibility_work import Results, perform_all
 from benchmarks.record import Mark, file_stem, write_record
 from lce_dist.errors import LceError
@@ -112,7 +112,7 @@ def report(arguments: argparse.Namespace, plan: Plan, rows: list[Row], failed: d
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     stem = file_stem(NAME + ("-quick" if arguments.quick else ""))
-    table = table_of(rows)
+    table = summary_of(rows) + table_of(rows)
     (out / f"{stem}.md").write_text(table)
     for source in dict.fromkeys(row.source for row in rows):
         save_picture(rows, source, out / f"{stem}-{source}.png")

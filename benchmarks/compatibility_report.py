@@ -216,6 +216,46 @@ def marks_of(rows: Sequence[Row]) -> list[Mark]:
     return marks
 
 
+def summary_of(rows: Sequence[Row]) -> str:
+    """Markdown: a line a scenario: what is gained over M(o,o), and in brackets the share of M(*,*) that is kept."""
+    lines: list[str] = []
+    for source in dict.fromkeys(row.source for row in rows):
+        lines += [
+            "",
+            f"{source}: gained M(n,o) - M(o,o) (kept M(n,n) / M(*,*))",
+            "",
+            "| scenario | M(o,o) | M(*,*) | LCE direct | the rival that gains most | LCE backward | LCE forward | T backward | T forward |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for scenario in dict.fromkeys(row.scenario for row in rows if row.source == source):
+            here = [row for row in rows if (row.source, row.scenario) == (source, scenario)]
+            ruler = next((row for row in here if row.values), None)
+            if ruler is None:
+                continue
+            ours = {name: next((_gained(row) for row in here if row.contestant == name), "") for name in _SUMMED}
+            rivals = [
+                row
+                for row in here
+                if row.kind == "training"
+                and row.manner == "direct"
+                and not row.contestant.startswith("LCE")
+                and "lead" in row.values
+            ]
+            best = max(rivals, key=lambda row: row.mean("lead"), default=None)
+            rival = "" if best is None else f"{best.contestant} {_gained(best)}"
+            direct, *others = ours.values()
+            numbers = [f"{ruler.mean(name):.3f}" for name in ("M(o,o)", "M(*,*)")]
+            lines.append(f"| {scenario} | " + " | ".join([*numbers, direct, rival, *others]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_SUMMED = (LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD, MAP_BACKWARD, MAP_FORWARD)
+
+
+def _gained(row: Row) -> str:
+    return f"{row.mean('lead'):+.3f} ({row.mean('kept'):.2f})" if "lead" in row.values else "other dimension"
+
+
 def table_of(rows: Sequence[Row]) -> str:
     """Markdown: a table a scenario."""
     lines: list[str] = []
