@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from launch.html_report import html_report
 from lce_dist.config import Config
+from lce_dist.errors import RunError
 from lce_dist.evaluation.answers import answers_of
 from lce_dist.evaluation.gate import GateVerdict, judge
 from lce_dist.registry import log_run_file, set_model_alias, tag_run
@@ -39,9 +41,14 @@ def tell_mlflow(run_dir: Path, config: Config, verdict: GateVerdict, alias: str)
 
     Errors: RunError when MLflow does not answer, or has not got the model yet.
     """
-    cursor = read_cursor(run_dir / "tracking.json") or {}
-    runs = cursor.get("runs", {})
+    runs = (read_cursor(run_dir / "tracking.json") or {}).get("runs")
+    if not isinstance(runs, dict):
+        runs = {}
     run_id = runs.get("parent")
+    if run_id is None and (run_dir / "tracking.jsonl").exists():
+        raise RunError(
+            f"{run_dir / 'tracking.json'} names no run of MLflow; run the training command again, it finds the run"
+        )
     if run_id is None:
         return "MLflow does not know this run; nothing was told to it"
     uri = tracking_uri(config.tracking, run_dir.resolve().parent)
@@ -59,6 +66,6 @@ def tell_mlflow(run_dir: Path, config: Config, verdict: GateVerdict, alias: str)
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

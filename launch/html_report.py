@@ -70,7 +70,7 @@ def html_report(name: str, report: Mapping[str, Any], verdict: GateVerdict, answ
         f'<p class="small">Intervals at 95 %, at FAR {far}, over identities drawn again '
         f"({report['images_drawn_for_intervals']:,} of {report['num_heldout_images']:,} images). {_text(' '.join(report['reasons']))}</p>",
     ]
-    if report["pairs"]:
+    if report.get("pairs"):
         parts += ["<h2>Pair files</h2>", _pairs(report)]
     for stem, caption in _PICTURES:
         parts.append(_picture(figures / f"{stem}.png", caption))

@@ -198,7 +198,9 @@ def _not_text(path: Path) -> DataError:
 
 def _pair(path: Path, line: int, row: Sequence[str]) -> tuple[str, str, int]:
     if row[2] not in ("0", "1"):
-        raise DataError(f"{path}:{line}: genuine is {row[2][:20]!r}; must be 1 (one person) or 0 (two)")
+        raise DataError(
+            f"{path}:{line}: the third field, genuine, is neither 0 nor 1; must be 1 (one person) or 0 (two)"
+        )
     return row[0], row[1], int(row[2])
 
 

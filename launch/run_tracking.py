@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def _result_metrics(report: dict[str, Any], gate: dict[str, Any]) -> dict[str, f
     for key, entry in report["procrustes"].items():
         for far, value in entry["tar_at_far"].items():
             metrics[f"tar_at_far_{far}/{key}_rotated"] = value
-    for name, entry in report["pairs"].items():
+    for name, entry in report.get("pairs", {}).items():
         for key, cell in entry.items():
             metrics[f"pairs_{name}/accuracy_{key}"] = cell["accuracy"]
     for name, flips in report["flips"].items():
@@ -195,8 +196,9 @@ def _description(report: dict[str, Any], gate: dict[str, Any], config: Config) -
         for key, (query, gallery) in PAIRS.items()
         if key in report
     ]
+    words = {True: "passed", False: "**failed**", None: "**not known**"}
     checks = [
-        f"| {check['name']} | {check['asked']} | {check['reached']} | {'passed' if check['passed'] else '**failed**'} |"
+        f"| {_cell(check['name'])} | {check['asked']} | {check['reached']} | {words[check['passed']]} |"
         for check in gate["checks"]
     ]
     lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**: `{old}` to `{config.new.net}`.", ""]
@@ -205,6 +207,11 @@ def _description(report: dict[str, Any], gate: dict[str, Any], config: Config) -
     lines += [f"| query | gallery | TAR at FAR {far} | rank-1 | threshold |", "|---|---|---|---|---|", *rows, ""]
     lines += ["| check | asked | reached | |", "|---|---|---|---|", *checks]
     return "\n".join([*lines, "", "The whole report is the artifact report.html."])
+
+
+def _cell(text: str) -> str:
+    """A text of people's data in a Markdown table."""
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", text)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,7 +38,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
             f"Ray cluster {address} takes no jobs: {_first_line(error)}. Check RAY_ADDRESS and RAY_AUTH_TOKEN"
         ) from None
 
-    config_text = json.dumps(_absolute(config).model_dump(mode="json"))
+    config_text = json.dumps(config.with_absolute_places().model_dump(mode="json"))
     arguments = ["--nodes", str(options.nodes), "--workers-per-node", str(options.workers_per_node)]
     arguments += ["--with-independent"] * options.with_independent + ["--fresh"] * options.fresh
     entrypoint = shlex.join(["python", "-m", "launch.cli", "job", "--config-json-env", "LCE_CONFIG_JSON", *arguments])
@@ -106,27 +106,6 @@ def _tracking_server() -> dict[str, str]:
     """The submitter's tracking server goes along; its password does not: job settings are readable on the dashboard."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     return {} if uri is None or "@" in uri else {"MLFLOW_TRACKING_URI": uri}
-
-
-def _absolute(config: Config) -> Config:
-    """Paths as seen from here, since the job starts in another directory."""
-    run = config.run.model_copy(update={"dir": str(Path(config.run.dir).resolve())})
-    paths = {
-        key: str(Path(value).resolve())
-        for key in ("images", "shards")
-        if (value := getattr(config.data, key)) is not None
-    }
-    given = {key: getattr(config.old, key) for key in ("weights", "vectors")}
-    there = {key: str(Path(value).resolve()) for key, value in given.items() if value is not None}
-    old = config.old.model_copy(update=there)
-    new = config.new
-    if new.weights is not None:
-        new = new.model_copy(update={"weights": str(Path(new.weights).resolve())})
-    head = config.head
-    if head.start_from is not None:
-        head = head.model_copy(update={"start_from": str(Path(head.start_from).resolve())})
-    data = config.data.model_copy(update=paths)
-    return config.model_copy(update={"run": run, "data": data, "old": old, "new": new, "head": head})
 
 
 def _first_line(error: object) -> str:

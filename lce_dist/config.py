@@ -452,19 +452,22 @@ class Config(_Section):
         """
         values = self.model_dump(mode="json", include=set(RESULT_SECTIONS))
         values["seed"] = self.run.seed
-        places = (
-            ("data", "images"),
-            ("data", "shards"),
-            ("old", "weights"),
-            ("old", "vectors"),
-            ("evaluation", "attributes"),
-            ("new", "weights"),
-            ("head", "start_from"),
-        )
-        for section, key in places:
-            values[section][key] = values[section][key] is not None
-        values["evaluation"]["pairs"] = len(self.evaluation.pairs)
+        for section, key in PLACES:
+            value = values.get(section, {}).get(key)
+            if section in values:
+                values[section][key] = len(value) if isinstance(value, list) else value is not None
         return values
+
+    def with_absolute_places(self) -> Config:
+        """The same settings with every path as seen from here, for a job that starts in another directory."""
+        values = self.model_dump(mode="json")
+        for section, key in (("run", "dir"), *PLACES):
+            value = values[section][key]
+            if isinstance(value, list):
+                values[section][key] = [str(Path(path).resolve()) for path in value]
+            elif value is not None:
+                values[section][key] = str(Path(value).resolve())
+        return Config.model_validate_json(json.dumps(values))
 
     def fingerprint(self) -> str:
         """16 hex digits over :meth:`result_values`."""
@@ -472,6 +475,17 @@ class Config(_Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+# settings that name a file or a folder that is read
+PLACES = (
+    ("data", "images"),
+    ("data", "shards"),
+    ("old", "weights"),
+    ("old", "vectors"),
+    ("new", "weights"),
+    ("head", "start_from"),
+    ("evaluation", "attributes"),
+    ("evaluation", "pairs"),
+)
 RESULT_SECTIONS = ("data", "augment", "old", "new", "head", "compat", "optim", "evaluation")
 
 

@@ -113,9 +113,10 @@ def _words(path: Path, name: str, column: Any) -> npt.NDArray[np.str_]:
         column = column.dictionary_decode()
         kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        number_N = pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False).astype(np.float64)
+        number_N = pc.cast(column, pa.float64(), safe=False).to_numpy(zero_copy_only=False).astype(np.float64)
         if len(np.unique(number_N[np.isfinite(number_N)])) > _MOST_NUMBERS:
             return _quartiles(number_N)
+        column = pa.array(column.to_pylist(), mask=~np.isfinite(number_N))
     elif not (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)

@@ -89,19 +89,33 @@ def _losers(report: Mapping[str, Any], min_images: int) -> str:
         return "Not known: the old state has no pairs of its own."
     lost, won = (100.0 * flips[kind] / flips["num_genuine"] for kind in ("negative", "positive"))
     text = f"{lost:.1f} % of genuine pairs were accepted before and are rejected now; {won:.1f} % the other way round."
-    worst = worst_group(report, min_images)
-    if worst is None:
+    if not report["slices"]:
         return f"{text} Images carry no attributes, so groups are not told apart."
-    losing = sorted(
-        (one["tar"]["new_old"] - one["tar"]["old_old"], one["column"], one["value"])
-        for one in report["slices"]
-        if one["num_images"] >= min_images and one["tar"]["new_old"] < one["tar"]["old_old"]
+    losing, small = (
+        sorted(
+            (one["tar"]["new_old"] - one["tar"]["old_old"], one["column"], one["value"])
+            for one in report["slices"]
+            if (one["num_images"] >= min_images) is large and one["tar"]["new_old"] < one["tar"]["old_old"]
+        )
+        for large in (True, False)
     )
-    if not losing:
+    worst = worst_group(report, min_images)
+    if losing:
+        text += f" Groups that lose: {_named(losing)}."
+    elif worst is not None:
         group, gain = worst
-        return f"{text} No group loses; the smallest gain, {gain:+.3f}, is that of {group['column']}: {group['value']}."
-    named = ", ".join(f"{column}: {value} ({gain:+.3f})" for gain, column, value in losing[:5])
-    return f"{text} Groups that lose: {named}{', and others' if len(losing) > 5 else ''}."
+        text += f" No group of {min_images} images or more loses; the smallest gain of those, {gain:+.3f}, is that of "
+        text += f"{group['column']}: {group['value']}."
+    else:
+        text += f" No group has {min_images} images."
+    if small:
+        text += f" Smaller groups that lose, too few images to be sure: {_named(small)}."
+    return text
+
+
+def _named(losing: list[tuple[float, str, str]]) -> str:
+    shown = ", ".join(f"{column}: {value} ({gain:+.3f})" for gain, column, value in losing[:5])
+    return f"{shown}, and {len(losing) - 5} others" if len(losing) > 5 else shown
 
 
 def _changes(report: Mapping[str, Any], far: str) -> str:
@@ -111,8 +125,9 @@ def _changes(report: Mapping[str, Any], far: str) -> str:
         return f"The threshold for FAR {far} of new queries in the gallery as it is is {own:.4f}."
     after = report["old_threshold_kept"]["new_new"]
     text = (
-        f"The threshold: from {kept['old_threshold']:.4f} to {kept['threshold']:.4f} for new queries in the gallery as it is "
-        f"(kept, FAR would be {kept['far']:.2g} instead of {far}), and to {after['threshold']:.4f} once it is re-encoded."
+        f"The threshold: from {kept['old_threshold']:.4f} to {kept['threshold']:.4f} for new queries in the gallery as it is, "
+        f"and to {after['threshold']:.4f} once it is re-encoded. With the old one kept, new queries would reach FAR {kept['far']:.2g} "
+        f"and TAR {kept['tar']:.3f}, where the old model has {far} and {report['old_old']['tar_at_far'][far]:.3f}."
     )
     backfill = report["backfill"]
     if backfill is not None:

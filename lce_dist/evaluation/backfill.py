@@ -27,7 +27,7 @@ _NUM_PARTS = 10
 
 @dataclass(frozen=True, eq=False)
 class Backfill:
-    """TAR (11,) at one FAR when 0, 10, ... 100 % of the gallery are re-encoded, for each order."""
+    """TAR (11,) at one FAR by the share (11,) of the gallery that is re-encoded, in tenths, for each order."""
 
     far: float
     share_K: Floats
@@ -68,7 +68,8 @@ def backfill(
         order: _curve(nothing_done, old_pair, new_pair, backfill_order(old_gallery, order, seed), far)
         for order in ORDERS
     }
-    return Backfill(far, np.linspace(0.0, 1.0, _NUM_PARTS + 1), curves)
+    sizes = [len(part) for part in np.array_split(np.arange(len(old_gallery.labels_N)), _NUM_PARTS)]
+    return Backfill(far, np.cumsum([0, *sizes]) / len(old_gallery.labels_N), curves)
 
 
 def backfill_order(gallery: EmbeddingSet, order: Order, seed: int = 0) -> Ints:

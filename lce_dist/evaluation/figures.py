@@ -277,5 +277,5 @@ def legend_right(axes: Axes, title: str | None = None) -> None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most ``width`` characters."""
-    return "\n".join(textwrap.wrap(text, width)) or text
+    """The text in lines of at most ``width`` characters; a dollar in it is a dollar, not the start of a formula."""
+    return ("\n".join(textwrap.wrap(text, width)) or text).replace("$", r"\$")

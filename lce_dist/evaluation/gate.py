@@ -68,7 +68,10 @@ def judge(report: Mapping[str, Any], gate: GateConfig) -> GateVerdict:
         )
     if gate.min_slice_gain != "off":
         worst = worst_group(report, gate.min_slice_images)
-        if worst is not None:
+        if worst is None and report["slices"]:
+            asked = f"a group of at least {gate.min_slice_images} images"
+            checks.append(Check("M(n,o) - M(o,o) of the worst group", asked, "no group is as large", None))
+        elif worst is not None:
             group, gain = worst
             name = f"M(n,o) - M(o,o) of the worst group, {group['column']}: {group['value']}"
             checks.append(_at_least(name, gain, gate.min_slice_gain, "{:+.4f}"))
@@ -94,6 +97,9 @@ def _criterion(report: Mapping[str, Any], tar: Mapping[str, float], confidence: 
     if report["confidence"] is None:
         return Check(name, asked, "M(o,o) could not be measured", None)
     reached = f"{tar['new_old']:.4f} against {tar['old_old']:.4f}, in {100.0 * report['confidence']:.1f} %"
+    known = report["intervals"].get("new_old")
+    if known is not None and known["low"] <= report["criterion_far"]:  # at chance, TAR is FAR
+        return Check(name, asked, f"{reached}, but M(n,o) is no better than chance", False)
     return Check(name, asked, reached, tar["new_old"] > tar["old_old"] and report["confidence"] >= confidence)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lce_dist.evaluation.backfill import ORDERS, Backfill, backfill
 from lce_dist.evaluation.bootstrap import Interval, count_by_identity, interval, resampled_tars
@@ -16,6 +17,8 @@ from lce_dist.evaluation.matrix import Verdict, criterion, report_entries
 from lce_dist.evaluation.metrics import PairResult, far_key
 from lce_dist.evaluation.scores import Cells, PScores, p_scores
 from lce_dist.evaluation.slices import Slice, Words, slices
+
+Ints = npt.NDArray[np.int64]
 
 # what users live through: new queries in the gallery as it is, and after it was re-encoded
 CHANGES = {"shipped": ("old_old", "new_old"), "re_encoded": ("old_old", "new_new")}
@@ -122,22 +125,24 @@ def _intervals(
             found[name] = interval(value[left] - value[right], row[left] - row[right])
     confidence = None
     if {"old_old", "new_old"} <= row.keys():
-        confidence = float(np.mean(row["new_old"] > row["old_old"]))
+        known = ~np.isnan(row["new_old"] - row["old_old"])
+        confidence = float(np.mean(row["new_old"][known] > row["old_old"][known]))
     return found, confidence, len(chosen)
 
 
-def _some_identities(one: EmbeddingSet, seed: int) -> Sequence[int]:
-    """Rows of whole identities, drawn until 8,192 images are there; all of a smaller set."""
+def _some_identities(one: EmbeddingSet, seed: int) -> Ints:
+    """Rows of whole identities, drawn while they fit into 8,192 images, at least two; all of a smaller set."""
     identities, count_I = np.unique(one.labels_N, return_counts=True)
-    order_I = np.random.default_rng(seed).permutation(len(identities))
-    taken = identities[order_I[np.cumsum(count_I[order_I]) <= _MOST_IMAGES_DRAWN]]
-    rows: list[int] = np.flatnonzero(np.isin(one.labels_N, taken)).tolist()
-    return rows
+    taken, room = [], _MOST_IMAGES_DRAWN
+    for place in np.random.default_rng(seed).permutation(len(identities)):
+        if count_I[place] <= room or len(taken) < 2:  # one that is too large does not keep the others out
+            taken.append(identities[place])
+            room -= int(count_I[place])
+    return np.flatnonzero(np.isin(one.labels_N, taken))
 
 
-def _rows(one: EmbeddingSet, rows: Sequence[int]) -> EmbeddingSet:
-    chosen = np.asarray(rows)
-    return EmbeddingSet(one.name, one.vectors_ND[chosen], one.labels_N[chosen], one.sample_ids_N[chosen])
+def _rows(one: EmbeddingSet, rows: Ints) -> EmbeddingSet:
+    return EmbeddingSet(one.name, one.vectors_ND[rows], one.labels_N[rows], one.sample_ids_N[rows])
 
 
 def _p_scores(matrix: Mapping[str, PairResult], far: float, others: Mapping[str, Cells]) -> PScores | None:

@@ -106,16 +106,20 @@ def backfill_curves(curves: Backfill) -> Figure:
 
 
 def groups_plot(groups: Sequence[Slice], far: float) -> Figure:
-    """TAR of each group in the old state, as shipped, and re-encoded; a red line where shipping loses. At most 40 groups."""
-    shown = groups[:_MOST_GROUPS]
+    """TAR of each group in the old state, as shipped, and re-encoded; a red line where shipping loses. Of more than 40 the worst."""
+    shown = groups
+    if len(groups) > _MOST_GROUPS:
+        worst = sorted(groups, key=lambda one: one.tar.get("new_old", 0.0) - one.tar.get("old_old", 0.0))[:_MOST_GROUPS]
+        shown = [one for one in groups if one in worst]
     cells = [key for key in ("old_old", "new_old", "new_new") if all(key in one.tar for one in shown)]
     figure = new_figure(8.0, 1.4 + 0.34 * (len(shown) + len({one.column for one in shown})))
     axes = figure.add_subplot()
-    row, ticks, names, column = 0.0, [], [], None
+    row, ticks, names, heads, column = 0.0, [], [], [], None
     for one in shown:
         if one.column != column:
             column = one.column
             ticks.append(row)
+            heads.append(len(names))
             names.append(wrapped(one.column, 24))
             row += 1.0
         if {"old_old", "new_old"} <= one.tar.keys():
@@ -127,16 +131,15 @@ def groups_plot(groups: Sequence[Slice], far: float) -> Figure:
         names.append(f"{wrapped(one.value, 24)}  ({one.num_images:,} images)")
         row += 1.0
     axes.set_yticks(ticks, names, fontsize=9)
-    for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        if not name.endswith("images)"):
-            label.set_fontweight("bold")
+    for place in heads:
+        axes.get_yticklabels()[place].set_fontweight("bold")
     axes.set_ylim(row - 0.4, -0.6)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel(f"TAR at the threshold for FAR {far_key(far)} over all images")
-    more = f" (the first {_MOST_GROUPS} of {len(groups)})" if len(groups) > _MOST_GROUPS else ""
+    more = f" (the worst {_MOST_GROUPS} of {len(groups)})" if len(groups) > _MOST_GROUPS else ""
     axes.set_title(f"Who gains, who loses{more}")
     handles = [
         Line2D([], [], color=PAIR_COLOURS[key], marker="o", linestyle="", label=pair_label(key)) for key in cells

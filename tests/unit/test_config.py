@@ -1,6 +1,7 @@
 """The config: strict, one-line errors, a fingerprint that covers what can change results and nothing else."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +65,27 @@ def test_the_fingerprint_sees_what_can_change_a_result(override: str) -> None:
 )
 def test_the_fingerprint_does_not_see_the_rest(override: str) -> None:
     assert changed(override).fingerprint() == changed().fingerprint()
+
+
+def test_every_place_is_made_absolute_and_none_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def values(base: str) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "data": {"images": base + "photos"},
+            "old": {"weights": base + "old.pt", "vectors": base + "v.npy"},
+            "new": {"net": "tiny8", "weights": base + "new.safetensors"},
+            "head": {"loss": "softmax", "start_from": base + "rows"},
+            "compat": {"mode": "mapping-backward"},
+            "evaluation": {"attributes": base + "who.csv", "pairs": [base + "lfw.bin", base + "cfp.bin"]},
+            "run": {"dir": base + "runs"},
+        }
+        return given
+
+    monkeypatch.chdir(tmp_path)
+    near = parse_config(values(""), "test")
+    assert near.with_absolute_places() == parse_config(values(f"{tmp_path.resolve()}/"), "test")
+    assert near.with_absolute_places().fingerprint() == near.fingerprint()
+    unset = load_config(QUICKSTART)
+    assert unset.with_absolute_places().data == unset.data
 
 
 def test_later_keys_win_and_none_removes() -> None:

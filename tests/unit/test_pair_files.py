@@ -388,7 +388,7 @@ HEAD = "first,second,genuine\n"
         ("a,b,1\n", "p.csv:1: the first line must be first,second,genuine"),
         (HEAD + "a,b,1\na,c\n", "p.csv:3: 2 fields, 0 of them empty; must be 3"),
         (HEAD + "a,,1\n", "p.csv:2: 3 fields, 1 of them empty"),
-        (HEAD + "a,b,yes\n", "p.csv:2: genuine is 'yes'; must be 1"),
+        (HEAD + "a,b,yes\n", "p.csv:2: the third field, genuine, is neither 0 nor 1"),
         (HEAD + "a,b,1\n\nq,b,1\n", "p.csv:4: its first is not in new.npz"),
         (HEAD + "a,q,1\n", "p.csv:2: its second is not in new.npz"),
         (HEAD + "a,a,1\n", "p.csv:2: the pair is of an image with itself"),

@@ -20,8 +20,9 @@ from lce_dist.evaluation.gate import judge
 from lce_dist.evaluation.matrix import build_matrix, cells_of
 from lce_dist.evaluation.metrics import compare
 from lce_dist.evaluation.scores import flips, keep_threshold
-from lce_dist.evaluation.slices import slices
+from lce_dist.evaluation.slices import Slice, slices
 from lce_dist.evaluation.upgrade import CHANGES, Upgrade, examine, upgrade_entries
+from lce_dist.evaluation.upgrade_figures import groups_plot
 
 FAR = 0.01
 
@@ -114,11 +115,17 @@ def test_each_check_passes_and_fails_on_its_own_number(report: dict[str, Any]) -
     report["confidence"] = 1.0
     report["new_old"]["tar_at_far"]["0.01"] = tar["old_old"]  # equal is not better
     assert not judge(report, gate(confidence=0.95)).passed
+    report["old_old"]["tar_at_far"]["0.01"], report["new_old"]["tar_at_far"]["0.01"] = 0.008, 0.012
+    report["intervals"]["new_old"] = {"value": 0.012, "low": 0.009, "high": 0.015, "level": 0.95}
+    by_chance = judge(report, gate(confidence=0.95))  # better than an old state that is worse than chance
+    assert not by_chance.passed and "chance" in by_chance.checks[0].reached
 
 
 def test_small_groups_and_missing_models_are_not_judged(report: dict[str, Any]) -> None:
     assert judge(report, gate(min_slice_gain=0.9, min_slice_images=1)).failed
-    assert judge(report, gate(min_slice_gain=0.9, min_slice_images=10_000)).checks == ()
+    unknown = judge(report, gate(min_slice_gain=0.9, min_slice_images=10_000))
+    assert [check.passed for check in unknown.checks] == [None] and not unknown.passed  # what cannot be told does not pass
+    assert judge({**report, "slices": []}, gate(min_slice_gain=0.9)).checks == ()  # without attributes nothing is asked
     del report["independent_new"]
     assert judge(report, gate(min_self_ratio=5.0)).checks == ()
     assert not judge(report, gate()).passed  # nothing asked is nothing passed
@@ -140,7 +147,7 @@ def test_the_answers_name_numbers_and_losers(report: dict[str, Any]) -> None:
     assert (
         f"{report['old_old']['tar_at_far']['0.01']:.3f} to {report['new_old']['tar_at_far']['0.01']:.3f}" in said.gain
     )
-    assert "No group loses" in said.losers
+    assert "No group of 100 images or more loses" in said.losers
     assert f"{report['old_threshold_kept']['new_old']['threshold']:.4f}" in said.changes
     report["slices"][0]["tar"]["new_old"] = report["slices"][0]["tar"]["old_old"] - 0.125
     verdict = judge(report, GateConfig())
@@ -163,3 +170,16 @@ def test_the_page_needs_nothing_else_and_shows_everything(
     assert "http" not in page.replace("http-equiv", "")
     for question in ("Is it safe to ship?", "What do we gain?", "Who loses?", "What must change?"):
         assert page.index(question) < page.index("The gate")
+
+
+def test_many_groups_are_drawn_worst_first_and_a_dollar_is_a_dollar() -> None:
+    def group(number: int) -> Slice:
+        tar = {"old_old": 0.5, "new_old": 0.5 + number / 1000, "new_new": 0.9}
+        return Slice("income in $", f"{number} $", 100, 10, 300, tar, {}, {})
+
+    figure = groups_plot([group(number) for number in range(90)], FAR)
+    figure.canvas.draw()
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert shown[0] == r"income in \$" and len(shown) == 41
+    assert shown[1].startswith(r"0 \$") and shown[-1].startswith(r"39 \$")  # those that gain least
+    assert "the worst 40 of 90" in figure.axes[0].get_title()
