@@ -240,8 +240,10 @@ class _HighCounter:
         self._mates_from = torch.searchsorted(labels, self._query.label_N)
         self._mates_to = torch.searchsorted(labels, self._query.label_N, right=True)
         self._genuine_L, self._impostor_L = (torch.zeros(NUM_LEVELS, dtype=torch.int64) for _ in range(2))
-        self._waiting: list[torch.Tensor] = []
-        self._num_waiting = self._num_impostor = 0
+        # Nothing that stays is allocated between squares: it would keep the memory of squares before it from being used again.
+        self._score = torch.empty(self._side * self._side, device=world.device)
+        self._waiting_W = torch.empty(_GATHER_SCORES, dtype=torch.int64)
+        self._num_waiting = self._waiting_times = self._num_impostor = 0
         # levels; 0 stands for nobody, as one more than a level does in the obvious way
         self._best_mate_N, self._best_other_N = (
             torch.zeros(len(self._query.label_N), dtype=torch.int64) for _ in range(2)
@@ -279,7 +281,9 @@ class _HighCounter:
 
     def _square(self, rows: slice, columns: slice) -> None:
         device, twice = self._world.device, self._mirrored and rows.start != columns.start
-        score_BN = self._query.rows(rows, device) @ self._gallery.rows(columns, device).T
+        query_BD, gallery_ND = self._query.rows(rows, device), self._gallery.rows(columns, device)
+        score_BN = self._score[: len(query_BD) * len(gallery_ND)].view(len(query_BD), len(gallery_ND))
+        torch.mm(query_BD, gallery_ND.T, out=score_BN)
         row_P, column_P = (index.to(device) for index in self._mates(rows, columns))
         if len(row_P):
             mate_P = score_BN[row_P, column_P]
@@ -311,15 +315,24 @@ class _HighCounter:
             score_BN = score_BN[reaching]
         level_P = _levels_of(score_BN[score_BN >= max(least, -1.5)])
         level_P = level_P[level_P >= self._cut].cpu()
-        self._waiting += [level_P, level_P] if twice else [level_P]
-        self._num_waiting += len(level_P) * (2 if twice else 1)
-        if self._num_waiting > _GATHER_SCORES:
+        self._wait(level_P, 2 if twice else 1)
+
+    def _wait(self, level_P: torch.Tensor, times: int) -> None:
+        """Have the levels counted ``times`` times, together with others: a count goes over all levels."""
+        if times != self._waiting_times or self._num_waiting + len(level_P) > len(self._waiting_W):
             self._settle()
+            self._waiting_times = times
+        if len(level_P) > len(self._waiting_W):
+            self._impostor_L += times * torch.bincount(level_P, minlength=NUM_LEVELS)
+        else:
+            self._waiting_W[self._num_waiting : self._num_waiting + len(level_P)] = level_P
+            self._num_waiting += len(level_P)
 
     def _settle(self) -> None:
-        if self._waiting:
-            self._impostor_L += torch.bincount(torch.cat(self._waiting), minlength=NUM_LEVELS)
-        self._waiting, self._num_waiting = [], 0
+        if self._num_waiting:
+            counted_L = torch.bincount(self._waiting_W[: self._num_waiting], minlength=NUM_LEVELS)
+            self._impostor_L += self._waiting_times * counted_L
+        self._num_waiting = 0
 
     def _mates(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and column (P,), in the square, of pairs with the same label."""
