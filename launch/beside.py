@@ -7,6 +7,8 @@ old gallery does not come first. The network of the best one is kept as ``best.s
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,10 @@ def look(job: Job, step: int) -> Look | None:
 def read_ranking(directory: Path) -> list[dict[str, Any]]:
     """Looks so far, best first; none where there is no file."""
     path = directory / RANKING
-    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text())
+    except (OSError, ValueError):  # it is a help, and what was cut off is not worth the run
+        return []
     return rows
 
 
@@ -142,8 +147,8 @@ def _set(job: Job, name: str, net: OldModel, dim: int, view: View, world: World)
 
 def _old_set(job: Job, dataset: PackedDataset, view: View, world: World, part: str) -> EmbeddingSet:
     """The old model's vectors, embedded by the first look and kept for the next ones."""
-    kept = job.run_dir / "new" / f"beside-old-{part}.npz"
-    if not kept.exists():
+    kept = job.run_dir / "new" / f"beside-old-{part}-{view.fingerprint[:12]}.npz"
+    if not _readable(kept):
         config = job.config
         old = _old_model(job, dataset)
         if isinstance(old, StoredOld) and old.by == "identity":
@@ -157,6 +162,14 @@ def _old_set(job: Job, dataset: PackedDataset, view: View, world: World, part: s
         partial.replace(kept)
     with np.load(kept, allow_pickle=False) as arrays:
         return EmbeddingSet("old", arrays["vectors"], arrays["labels"], arrays["ids"])
+
+
+def _readable(kept: Path) -> bool:
+    try:
+        with np.load(kept, allow_pickle=False) as arrays:
+            return len(arrays["vectors"]) == len(arrays["labels"]) == len(arrays["ids"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def _old_model(job: Job, dataset: PackedDataset) -> OldModel:

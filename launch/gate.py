@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.html_report import html_report
+from launch.run_tracking import gate_tags, version_text
 from lce_dist.config import Config
 from lce_dist.errors import RunError
 from lce_dist.evaluation.answers import answers_of
 from lce_dist.evaluation.gate import GateVerdict, judge
-from lce_dist.registry import log_run_file, set_model_alias, tag_run
+from lce_dist.registry import describe_version, log_run_file, set_model_alias, tag_run
 from lce_dist.spool import read_cursor
 from lce_dist.tracking import tracking_uri
 
 
-def conclude_gate(run_dir: Path, config: Config, report: dict[str, Any]) -> tuple[GateVerdict, dict[str, Any]]:
-    """Judge ``report`` by ``config.gate`` and write gate.json and report.html; returns the verdict, and as it was written."""
+def conclude_gate(
+    run_dir: Path, config: Config, report: dict[str, Any], overridden: Sequence[str] = ()
+) -> tuple[GateVerdict, dict[str, Any]]:
+    """Judge ``report`` by ``config.gate`` and write gate.json and report.html; returns the verdict, and as it was written.
+
+    overridden: what of ``config.gate`` was set by hand; both files say so.
+    """
     verdict = judge(report, config.gate)
     answers = answers_of(report, verdict, config.gate.min_slice_images)
     entry: dict[str, Any] = {
@@ -29,15 +36,29 @@ def conclude_gate(run_dir: Path, config: Config, report: dict[str, Any]) -> tupl
         ],
         "answers": dict(answers.rows()),
         "gate": config.gate.model_dump(mode="json"),
+        "overridden": list(overridden),
         "fingerprint": report["fingerprint"],
+        "examination": report["examination"],
     }
-    _write(run_dir / "report.html", html_report(config.run.name, report, verdict, answers, run_dir / "figures"))
+    page = html_report(config.run.name, report, verdict, answers, run_dir / "figures", overridden)
+    _write(run_dir / "report.html", page)
     _write(run_dir / "gate.json", json.dumps(entry, indent=2) + "\n")
     return verdict, entry
 
 
-def tell_mlflow(run_dir: Path, config: Config, verdict: GateVerdict, alias: str) -> str:
-    """Tag the run and, when passed, move the alias to its model; returns what was done.
+def judged_before(run_dir: Path) -> dict[str, Any] | None:
+    """What ``conclude_gate`` wrote last; None where there is nothing, or it is damaged."""
+    try:
+        entry = json.loads((run_dir / "gate.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def tell_mlflow(
+    run_dir: Path, config: Config, report: dict[str, Any], verdict: GateVerdict, entry: dict[str, Any], alias: str
+) -> str:
+    """Tell the run and its model's version of the verdict and, when passed, move the alias; returns what was done.
 
     Errors: RunError when MLflow does not answer, or has not got the model yet.
     """
@@ -52,15 +73,17 @@ def tell_mlflow(run_dir: Path, config: Config, verdict: GateVerdict, alias: str)
     if run_id is None:
         return "MLflow does not know this run; nothing was told to it"
     uri = tracking_uri(config.tracking, run_dir.resolve().parent)
-    failed = "; ".join(f"{check.name}: {check.reached}" for check in verdict.failed)
-    tag_run(uri, run_id, {"lce.gate": "passed" if verdict.passed else "not passed", "lce.gate.reasons": failed})
+    tag_run(uri, run_id, gate_tags(report, entry, config))
     for name in ("gate.json", "report.html"):
         log_run_file(uri, run_id, run_dir / name, "")
+    has_model = (run_dir / "new" / "model.safetensors").exists() and "new" in runs
+    model = config.tracking.model or config.run.name
+    if has_model:
+        describe_version(uri, model, runs["new"], version_text(entry))
     if not verdict.passed:
         return f"MLflow: run {run_id} is tagged; the alias stays where it is"
-    if not (run_dir / "new" / "model.safetensors").exists() or "new" not in runs:
+    if not has_model:
         return f"MLflow: run {run_id} is tagged; it trained no new model, so no alias moves"
-    model = config.tracking.model or config.run.name
     version = set_model_alias(uri, model, runs["new"], alias)
     return f"MLflow: {model}@{alias} is now version {version}, of run {run_id}"
 

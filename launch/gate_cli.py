@@ -50,9 +50,11 @@ def _gate(arguments: argparse.Namespace) -> None:
     from launch.report import open_report
 
     run_dir: Path = arguments.run_dir
+    if arguments.json not in (None, "-") and not Path(arguments.json).parent.is_dir():
+        raise ConfigError(f"--json {arguments.json}: {Path(arguments.json).parent} is not a folder; make it first")
     report = open_report(run_dir)
     config = _config_of(run_dir, arguments.set)
-    verdict, entry = conclude_gate(run_dir, config, report)
+    verdict, entry = conclude_gate(run_dir, config, report, arguments.set)
     text = json.dumps(entry, indent=2) + "\n"
     if arguments.json == "-":
         print(text, end="")
@@ -62,7 +64,7 @@ def _gate(arguments: argparse.Namespace) -> None:
             Path(arguments.json).write_text(text)
     if not arguments.no_mlflow:
         try:
-            told = tell_mlflow(run_dir, config, verdict, arguments.alias)
+            told = tell_mlflow(run_dir, config, report, verdict, entry, arguments.alias)
         except RunError as error:
             if verdict.passed:
                 raise SetupError(f"{run_dir} passed, but the alias did not move: {error}") from None
@@ -81,7 +83,7 @@ def _config_of(run_dir: Path, overrides: list[str]) -> Config:
     path = run_dir / "resolved.json"
     try:
         values: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         raise ConfigError(f"{path} is absent or damaged; run the training command again, it writes the file") from None
     return parse_config(with_overrides(values, overrides), str(path), json_mode=True)
 

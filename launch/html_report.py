@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ dt { font-weight: 700; margin-top: .7rem; } dd { margin: 0; }
 table { border-collapse: collapse; font-size: .92rem; } th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #eee; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { color: #b2182b; }
 figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: #555; font-size: .88rem; }
+.wide { overflow-x: auto; } td { overflow-wrap: anywhere; min-width: 3.2rem; }
+@media (max-width: 40rem) { body { padding: .8rem; } td, th { padding-right: .5rem; } }
 @media print { h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
 
@@ -39,8 +41,18 @@ _PICTURES = (
 )
 
 
-def html_report(name: str, report: Mapping[str, Any], verdict: GateVerdict, answers: Answers, figures: Path) -> str:
-    """The whole page; pictures are those PNGs of ``figures`` that are there, and the losses of every stage."""
+def html_report(
+    name: str,
+    report: Mapping[str, Any],
+    verdict: GateVerdict,
+    answers: Answers,
+    figures: Path,
+    overridden: Sequence[str] = (),
+) -> str:
+    """The whole page; pictures are those PNGs of ``figures`` that are there, and the losses of every stage.
+
+    overridden: what of the config's gate was set by hand.
+    """
     word, kind = ("safe to ship", "yes") if verdict.passed else ("do not ship", "no")
     if not verdict.checks:
         word, kind = "not judged", "unknown"
@@ -65,11 +77,18 @@ def html_report(name: str, report: Mapping[str, Any], verdict: GateVerdict, answ
                 for c in verdict.checks
             ),
         ),
+        f'<p class="small">Judged with {_text(", ".join(overridden))} instead of what the run\'s config asks.</p>'
+        if overridden
+        else "",
         "<h2>The matrix</h2>",
         _matrix(report),
         f'<p class="small">Intervals at 95 %, at FAR {far}, over identities drawn again '
         f"({report['images_drawn_for_intervals']:,} of {report['num_heldout_images']:,} images). {_text(' '.join(report['reasons']))}</p>",
     ]
+    if report["old_threshold_kept"]:
+        parts += ["<h2>Thresholds and decisions that change</h2>", _kept(report, far), _flips(report)]
+    if report["p_scores"] is not None:
+        parts.append(_p_scores(report["p_scores"]))
     if report.get("pairs"):
         parts += ["<h2>Pair files</h2>", _pairs(report)]
     for stem, caption in _PICTURES:
@@ -105,6 +124,57 @@ def _matrix(report: Mapping[str, Any]) -> str:
         rows.append(((*cells, f"{entry['threshold_at_far'][far]:.4f}"), False))
     heads = ("query in gallery", *(f"TAR at FAR {each}" for each in fars), "interval", "rank-1", f"threshold for {far}")
     return _table(heads, rows, first_number=1)
+
+
+def _kept(report: Mapping[str, Any], far: str) -> str:
+    before = report["old_old"]["tar_at_far"][far]
+    rows = [
+        (
+            (
+                " in ".join(PAIRS[key]),
+                f"{one['threshold']:.4f}",
+                f"{report[key]['tar_at_far'][far]:.4f}",
+                f"{one['old_threshold']:.4f}",
+                f"{one['far']:.2g}",
+                f"{one['tar']:.4f}",
+            ),
+            one["far"] > 2.0 * float(far) or one["tar"] < before,
+        )
+        for key, one in report["old_threshold_kept"].items()
+    ]
+    heads = ("query in gallery", f"threshold for FAR {far}", "TAR", "old threshold", "FAR with it", "TAR with it")
+    return _table(heads, rows, first_number=1)
+
+
+def _flips(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            (
+                {"shipped": "with the gallery as it is", "re_encoded": "once it is re-encoded"}[name],
+                f"{100.0 * one['negative_rate']:.2f} %",
+                f"{100.0 * one['positive'] / one['num_genuine']:.2f} %",
+                f"{one['num_genuine']:,}",
+            ),
+            False,
+        )
+        for name, one in report["flips"].items()
+    ]
+    return _table(("genuine pairs", "accepted before, rejected now", "the other way round", "of"), rows, first_number=1)
+
+
+def _p_scores(scores: Mapping[str, Any]) -> str:
+    words = [
+        f"{label} {'not defined' if scores[key] is None else format(scores[key], '.4f')}"
+        for key, label in (("p_comp", "P-comp"), ("p_up", "P-up"), ("p_1", "P-1"))
+    ]
+    without = ", ".join(scores["undefined"])
+    more = (
+        f" There is no update gain on {without}, where a new model alone is no better than the old." if without else ""
+    )
+    return (
+        '<p class="small">P-scores over all test sets, means of sigmoids, in which 0.5 is no change: '
+        f"{_text(', '.join(words))}.{_text(more)}</p>"
+    )
 
 
 def _pairs(report: Mapping[str, Any]) -> str:
@@ -195,7 +265,7 @@ def _table(heads: Iterable[str], rows: Iterable[tuple[Iterable[str], bool]], fir
         )
 
     body = "".join(f"<tr{' class=bad' if bad else ''}>{row(cells, 'td')}</tr>" for cells, bad in rows)
-    return f"<table><thead><tr>{row(heads, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=wide><table><thead><tr>{row(heads, 'th')}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _text(value: str) -> str:

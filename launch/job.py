@@ -65,7 +65,8 @@ class Job:
     data_dir: Path
     run_dir: Path
     cache_dir: Path
-    fingerprint: str  # of settings, data and given weights
+    fingerprint: str  # of what the weights depend on: settings, data and given weights
+    examination: str  # fingerprint of what the report depends on beside them
     base_dir: Path  # what relative paths in the config are relative to
     with_independent: bool
     mlflow_run_ids: dict[str, str | None]
@@ -151,7 +152,9 @@ def run_job(job: Job, world: World, report: Report) -> None:
         upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, others)
         card = None if bridge is None else read_card(job.run_dir / "bridge")
         spaces = fingerprint(new), _fingerprint_of(old)
-        facts = RunFacts(job.fingerprint, *spaces, _read_speeds(job.run_dir), world.size, world.num_nodes, card)
+        facts = RunFacts(
+            job.fingerprint, job.examination, *spaces, _read_speeds(job.run_dir), world.size, world.num_nodes, card
+        )
         write_report(job.run_dir, config, facts, upgrade, procrustes, pairs)
         step_done()
         report({"type": "stage_done", "stage": "evaluation"})
@@ -416,6 +419,7 @@ def worker_arguments(job: Job) -> dict[str, Any]:
         "run_dir": str(job.run_dir),
         "cache_dir": str(job.cache_dir),
         "fingerprint": job.fingerprint,
+        "examination": job.examination,
         "base_dir": str(job.base_dir),
         "with_independent": job.with_independent,
         "mlflow_run_ids": job.mlflow_run_ids,
@@ -430,6 +434,7 @@ def job_from_arguments(values: dict[str, Any]) -> Job:
         Path(values["run_dir"]),
         Path(values["cache_dir"]),
         values["fingerprint"],
+        values["examination"],
         Path(values["base_dir"]),
         values["with_independent"],
         values["mlflow_run_ids"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipelines.pack import as_jpeg, pack_images
 from pipelines.pairs import read_pair_bin
 
 Progress = Callable[[str, int, int], None]
+_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_. -]")  # of a metric in MLflow
 _CELLS = ("old_old", "new_old", "new_new", "independent_new")
 
 
@@ -42,7 +44,7 @@ def open_pair_sets(
 
     Errors: DataError for a file that is absent, damaged or holds an image that cannot be decoded; ConfigError for two of one name.
     """
-    names = [Path(path).stem for path in paths]
+    names = [_NOT_IN_NAMES.sub("_", Path(path).stem) for path in paths]
     if len(set(names)) < len(names):
         raise ConfigError(
             f"evaluation.pairs are {list(paths)}; names must differ, they head the report's columns. Rename one"
@@ -53,8 +55,7 @@ def open_pair_sets(
 def _open(path: Path, name: str, cache: Path, progress: Progress | None) -> PairSet:
     if not path.is_file():
         raise DataError(f"pair file {path} is not a file; evaluation.pairs names .bin files such as lfw.bin")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    digest = file_fingerprint(path)
     packed, answers = cache / f"pairs-{digest}", cache / f"pairs-{digest}.npy"
     if not (packed.exists() and answers.exists()):
         pairs = read_pair_bin(path)
@@ -72,7 +73,22 @@ def _open(path: Path, name: str, cache: Path, progress: Progress | None) -> Pair
         shown = None if progress is None else lambda done, of: progress(f"packing {name}", done, of)
         pack_images(images(), keys, count, packed, "pairs", digest, progress=shown)
     dataset = PackedDataset.open(packed)
-    return PairSet(name, dataset.select(dataset.identities), np.load(answers, allow_pickle=False), digest)
+    is_genuine = np.load(answers, allow_pickle=False)
+    try:  # now, not after the training
+        accuracy_by_folds(np.zeros(len(is_genuine)), is_genuine, _folds_of(len(is_genuine)))
+    except DataError as error:
+        raise DataError(f"pair file {path}: {error}") from None
+    return PairSet(name, dataset.select(dataset.identities), is_genuine, digest)
+
+
+def file_fingerprint(path: Path) -> str:
+    """16 hex digits over the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def _folds_of(num_pairs: int) -> int:
+    return min(10, num_pairs)
 
 
 def pair_set_entries(pair_set: PairSet, cells: Mapping[str, Pair], fars: Sequence[float]) -> dict[str, Any]:
@@ -84,7 +100,7 @@ def pair_set_entries(pair_set: PairSet, cells: Mapping[str, Pair], fars: Sequenc
             query, gallery = (_in_order(one) for one in cells[key])
             scores = score_pairs(query, gallery, first_P, first_P + 1)
             roc = roc_of_scores(scores, pair_set.is_genuine)
-            folds = accuracy_by_folds(scores, pair_set.is_genuine, min(10, len(scores)))
+            folds = accuracy_by_folds(scores, pair_set.is_genuine, _folds_of(len(scores)))
             tar_F, threshold_F = roc.at(fars)
             entries[key] = {
                 "accuracy": folds.mean,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from launch.pair_sets import open_pair_sets
+from launch.pair_sets import file_fingerprint, open_pair_sets
 from launch.stored import check_against_vectors, open_stored
 from lce_dist.compat.methods import find_method
 from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
@@ -48,12 +48,17 @@ class Prepared:
     new_weights: str | None  # fingerprint
     first_rows: str | None  # fingerprint of head.start_from
     pair_sets: tuple[str, ...]  # fingerprints of evaluation.pairs
+    attributes: str | None  # fingerprint of evaluation.attributes
 
     def identity(self, config: Config) -> dict[str, object]:
-        """All that the run's results depend on: settings, data, given weights and rows."""
+        """All that the trained weights depend on: settings, data, given weights and rows."""
         given: dict[str, object] = {"old_weights": self.old_weights, "new_weights": self.new_weights}
-        given |= {"first_rows": self.first_rows, "pair_sets": list(self.pair_sets)}
-        return {**config.result_values(), "data_content": self.dataset.fingerprint, **given}
+        given |= {"first_rows": self.first_rows}
+        return {**config.training_values(), "data_content": self.dataset.fingerprint, **given}
+
+    def examination(self, config: Config) -> dict[str, object]:
+        """All that the report of trained weights depends on."""
+        return {**config.evaluation_values(), "pair_sets": list(self.pair_sets), "attributes": self.attributes}
 
 
 def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedDataset:
@@ -156,7 +161,9 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             view = dataset.select(identities)
             plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
     fingerprints = tuple(one.fingerprint for one in pair_sets)
-    return Prepared(dataset, split, plans, old_weights, new_weights, first_rows, fingerprints)
+    named = config.evaluation.attributes
+    attributes = None if named is None else file_fingerprint(Path(named))
+    return Prepared(dataset, split, plans, old_weights, new_weights, first_rows, fingerprints, attributes)
 
 
 def open_old_model(config: Config, base_dir: Path, device: torch.device) -> FrozenModel:
@@ -212,7 +219,7 @@ def in_mib(progress: Progress, what: str) -> Callable[[int, int], None]:
 
 
 def fingerprint_of(identity: dict[str, object]) -> str:
-    """16 hex digits over ``Prepared.identity``."""
+    """16 hex digits over ``Prepared.identity`` or ``Prepared.examination``."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -18,6 +18,8 @@ from lce_dist.evaluation.metrics import PairResult
 from lce_dist.evaluation.upgrade import Upgrade, upgrade_entries
 from lce_dist.evaluation.upgrade_figures import backfill_curves, det, flips_bars, groups_plot
 
+VERSION = 2  # of report.json; another one is written anew from the trained weights
+
 _TITLES = {
     "old_old": "M(old, old)",
     "new_old": "M(new, old)",
@@ -30,9 +32,13 @@ _ROTATED = {"new_old": "M(new rotated, old)", "independent_old": "M(independent 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the report says of the run itself; space, parent_space: fingerprints of new and old model; bridge: its map's card."""
+    """What the report says of the run itself; bridge: its map's card.
+
+    fingerprint, examination: of what weights and report depend on; space, parent_space: of new and old model.
+    """
 
     fingerprint: str
+    examination: str
     space: str
     parent_space: str
     images_per_s: dict[str, float]
@@ -49,8 +55,14 @@ def write_report(
     rotated: Mapping[str, PairResult],
     pairs: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Write ``figures/*.png`` and ``report.json`` (last, atomically); rotated: cells through Procrustes alone; pairs: by pair file."""
+    """Write ``figures/*.png`` and ``report.json`` (last, atomically); rotated: cells through Procrustes alone; pairs: by pair file.
+
+    ``revision`` in it counts the reports of this run: 0, then one more each time it was evaluated anew.
+    """
+    before = read_report(run_dir / "report.json")
     report: dict[str, Any] = {
+        "version": VERSION,
+        "revision": 0 if before is None else int(before.get("revision", 0)) + 1,
         **upgrade_entries(upgrade),
         "procrustes": report_entries(rotated),
         "pairs": dict(pairs),
@@ -62,6 +74,7 @@ def write_report(
         "images_per_s": facts.images_per_s.get("new", 0.0),
         "images_per_s_by_stage": facts.images_per_s,
         "fingerprint": facts.fingerprint,
+        "examination": facts.examination,
         "space": facts.space,
         "parent_space": facts.parent_space,
         "num_heldout_images": upgrade.num_images,
@@ -128,19 +141,24 @@ def result_table(report: dict[str, Any]) -> Table:
 
 
 def open_report(run_dir: Path) -> dict[str, Any]:
-    """The report of a finished run. Errors: ConfigError where there is none, or it is damaged."""
-    report = read_report(run_dir / "report.json")
+    """The report of a finished run. Errors: ConfigError where there is none, it is damaged or of another version."""
+    path = run_dir / "report.json"
+    report = read_report(path)
     if report is None:
-        raise ConfigError(f"{run_dir} holds no report.json; name the directory of a run that has finished")
+        word = "is damaged" if path.exists() else "is not there"
+        raise ConfigError(f"{path} {word}; name the directory of a run that has finished, or run its command again")
+    if report.get("version") != VERSION:
+        raise ConfigError(
+            f"{path} is of version {report.get('version')}, this program writes {VERSION}; run its command again, which "
+            "evaluates the trained models anew"
+        )
     return report
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """The report that lies there, or None. Errors: ConfigError for a damaged one."""
-    if not path.exists():
-        return None
+    """The report that lies there; None where there is none, or what is there is damaged."""
     try:
-        report: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError:
-        raise ConfigError(f"{path} is damaged; remove it and run the same command again") from None
-    return report
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) else None

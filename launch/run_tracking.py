@@ -34,7 +34,7 @@ class RunTracking:
             "parent", config.run.name, tags={"lce.fingerprint": fingerprint_of(prepared.identity(config))}
         )
         tracker.set_tags("parent", {"lce.num_nodes": num_nodes, "lce.num_ranks": num_ranks})
-        tracker.log_params("parent", _flat(config.result_values()))
+        tracker.log_params("parent", _flat(config.training_values() | config.evaluation_values()))
         tracker.log_params(
             "parent",
             {
@@ -88,9 +88,9 @@ class RunTracking:
     def results(self, config: Config, gate: dict[str, Any]) -> None:
         """Numbers, description, figures and report on the parent run; the new model as a version in the registry."""
         report = open_report(self._run_dir)
-        self.tracker.log_metrics("parent", _result_metrics(report, gate), 0)
-        tags = {"mlflow.note.content": _description(report, gate, config), "lce.space": report["space"]}
-        self.tracker.set_tags("parent", tags | {"lce.parent_space": report["parent_space"]})
+        self.tracker.log_metrics("parent", _result_metrics(report), report["revision"])
+        tags = {"lce.space": report["space"], "lce.parent_space": report["parent_space"]}
+        self.tracker.set_tags("parent", tags | gate_tags(report, gate, config))
         for figure in sorted((self._run_dir / "figures").glob("*.png")):
             if figure.name != "contact_sheet.png":
                 self.tracker.log_file("parent", figure, "figures")
@@ -124,7 +124,7 @@ class RunTracking:
             "model",
             {"images": (-1, 3, size, size)},
             {"vectors": (-1, config.new.embedding_dim)},
-            "\n\n".join(f"**{question}** {answer}" for question, answer in gate["answers"].items()),
+            version_text(gate),
             {name: value for name, value in card.items() if value is not None},
             (CANDIDATE,),
         )
@@ -157,9 +157,23 @@ def draw_curves(run_dir: Path) -> None:
                 figure.savefig(run_dir / "figures" / f"losses_{stage}{suffix}.png", dpi=150)
 
 
-def _result_metrics(report: dict[str, Any], gate: dict[str, Any]) -> dict[str, float]:
+def gate_tags(report: dict[str, Any], gate: dict[str, Any], config: Config) -> dict[str, str]:
+    """What the run's page says of a verdict: the description, the word, the reasons."""
+    failed = "; ".join(f"{check['name']}: {check['reached']}" for check in gate["checks"] if not check["passed"])
+    return {
+        "mlflow.note.content": _description(report, gate, config),
+        "lce.gate": "passed" if gate["passed"] else "not passed",
+        "lce.gate.reasons": failed,
+    }
+
+
+def version_text(gate: dict[str, Any]) -> str:
+    """The description of the registered version, in Markdown."""
+    return "\n\n".join(f"**{question}** {_cell(answer)}" for question, answer in gate["answers"].items())
+
+
+def _result_metrics(report: dict[str, Any]) -> dict[str, float]:
     metrics: dict[str, float | None] = {
-        "result/gate_passed": float(gate["passed"]),
         "result/criterion_met": report["criterion_met"] and float(report["criterion_met"]),
         "result/update_gain": report["update_gain"],
         "result/confidence": report["confidence"],
@@ -182,8 +196,8 @@ def _result_metrics(report: dict[str, Any], gate: dict[str, Any]) -> dict[str, f
         metrics[f"old_threshold_kept/far_{key}"] = kept["far"]
     for order, curve in (report["backfill"] or {"orders": {}})["orders"].items():
         metrics[f"backfill/area_{order}"] = curve["area"]
-    for name, value in (report["p_scores"] or {}).items():
-        metrics[f"result/{name}"] = value
+    for name in ("p_comp", "p_up", "p_1"):
+        metrics[f"result/{name}"] = report["p_scores"] and report["p_scores"][name]
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
@@ -203,7 +217,9 @@ def _description(report: dict[str, Any], gate: dict[str, Any], config: Config) -
     ]
     lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**: `{old}` to `{config.new.net}`.", ""]
     for question, answer in gate["answers"].items():
-        lines += [f"**{question}** {answer}", ""]
+        lines += [f"**{question}** {_cell(answer)}", ""]
+    if gate["overridden"]:
+        lines += [f"Judged with {', '.join(gate['overridden'])} instead of what the run's config asks.", ""]
     lines += [f"| query | gallery | TAR at FAR {far} | rank-1 | threshold |", "|---|---|---|---|---|", *rows, ""]
     lines += ["| check | asked | reached | |", "|---|---|---|---|", *checks]
     return "\n".join([*lines, "", "The whole report is the artifact report.html."])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,12 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from launch.gate import conclude_gate
+from launch.gate import conclude_gate, judged_before
 from launch.job import Job
 from launch.prepare import Prepared, claim_run_dir, fingerprint_of, prepare
 from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
-from launch.report import open_report, pairs_table, read_report, result_table
+from launch.report import VERSION, open_report, pairs_table, read_report, result_table
 from launch.run_tracking import RunTracking, draw_curves
 from lce_dist.config import Config
 from lce_dist.errors import ConfigError, Interrupted, SetupError
@@ -60,12 +59,12 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
         if options.fresh:
             _forget(run_dir)
         going_on = claim_run_dir(prepared.identity(config), run_dir)
-        finished = _is_finished(run_dir / "report.json", options)
+        finished = _is_finished(run_dir / "report.json", options, fingerprint_of(prepared.examination(config)))
         if finished:
             progress.note(f"run {run_dir} finished before; to train it again use --fresh, or another --name")
         elif going_on:
-            progress.note(f"going on with run {run_dir}")
-        if not (finished and (run_dir / _TOLD).exists()):
+            progress.note(f"going on with run {run_dir}: what is trained stays, the rest is done")
+        if not (finished and (run_dir / _TOLD).exists() and _is_judged(run_dir, config)):
             _run(config, options, prepared, run_dir, progress, finished)
     return _conclude(config, run_dir, console, None if finished else time.monotonic() - started_s)
 
@@ -73,7 +72,8 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
 def _run(
     config: Config, options: TrainOptions, prepared: Prepared, run_dir: Path, progress: RunProgress, finished: bool
 ) -> None:
-    """Train what is left, and tell MLflow; of a finished run only what MLflow has not heard yet."""
+    """Train what is left, judge, and tell MLflow; of a finished run only what MLflow has not heard yet."""
+    (run_dir / _TOLD).unlink(missing_ok=True)
     tracking = RunTracking(Tracker(config.tracking, run_dir, config.run.name, run_dir.parent), run_dir)
     status = "FAILED"
     try:
@@ -86,6 +86,7 @@ def _run(
                     run_dir,
                     run_dir.parent / ".cache",
                     fingerprint_of(prepared.identity(config)),
+                    fingerprint_of(prepared.examination(config)),
                     Path.cwd(),
                     options.with_independent,
                     tracking.tracker.run_ids(),
@@ -113,7 +114,7 @@ def _settle_run(config: Config, options: TrainOptions, root: Path, console: Cons
     run_dir = root / config.run.name
     num_ranks = options.nodes * options.workers_per_node
     report = None if options.fresh else read_report(run_dir / "report.json")
-    if report is not None and report["num_ranks"] != num_ranks:
+    if report is not None and report.get("num_ranks", num_ranks) != num_ranks:
         name = f"{config.run.name}-{options.nodes}x{options.workers_per_node}"
         console.print(
             f"run {run_dir} finished on {report['num_ranks']} ranks and is kept; this one, on {num_ranks}, is {name}"
@@ -136,9 +137,17 @@ def _forget(run_dir: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _is_finished(report_path: Path, options: TrainOptions) -> bool:
+def _is_finished(report_path: Path, options: TrainOptions, examination: str) -> bool:
     report = read_report(report_path)
-    return report is not None and ("independent_new" in report or not options.with_independent)
+    if report is None or (report.get("version"), report.get("examination")) != (VERSION, examination):
+        return False  # what is trained stays; it is evaluated anew
+    return "independent_new" in report or not options.with_independent
+
+
+def _is_judged(run_dir: Path, config: Config) -> bool:
+    """Whether the verdict that lies there is by the config as it is now, and by nothing else."""
+    before = judged_before(run_dir) or {}
+    return before.get("gate") == config.gate.model_dump(mode="json") and not before.get("overridden")
 
 
 @contextmanager
@@ -193,9 +202,8 @@ def _conclude(config: Config, run_dir: Path, console: Console, took_s: float | N
 
 def _show_gate(run_dir: Path, console: Console) -> None:
     """The answers of the gate, as they were when the run ended or ``lce gate`` was asked last."""
-    path = run_dir / "gate.json"
-    if path.exists():
-        gate = json.loads(path.read_text())
+    gate = judged_before(run_dir)
+    if gate is not None:
         colour = "green" if gate["passed"] else "red"
         for question, answer in gate["answers"].items():
             console.print(f"[{colour}]{question}[/{colour}] {answer}", highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """One typed, frozen, strict config a run; unknown keys and wrong types are errors that name the key.
 
-Sections are grouped by what they may change (see ``RESULT_SECTIONS``): only those that can change the
-trained weights or the reported numbers enter the fingerprint.
+Sections are grouped by what they may change: those of ``TRAINING_SECTIONS`` the trained weights, ``evaluation`` the
+reported numbers, the others neither.
 """
 
 from __future__ import annotations
@@ -445,16 +445,22 @@ class Config(_Section):
             )
         return self
 
-    def result_values(self) -> dict[str, Any]:
-        """The settings that can change weights or reported numbers; the fingerprint covers these alone.
+    def training_values(self) -> dict[str, Any]:
+        """The settings that can change the trained weights.
 
         Places do not count, what lies there does: a run adds the fingerprints of its data, given weights and first rows.
         """
-        values = self.model_dump(mode="json", include=set(RESULT_SECTIONS))
-        values["seed"] = self.run.seed
+        return {**self._values(TRAINING_SECTIONS), "seed": self.run.seed}
+
+    def evaluation_values(self) -> dict[str, Any]:
+        """The settings that can change the reported numbers of trained weights; a run adds what lies at their places."""
+        return self._values(("evaluation",))
+
+    def _values(self, sections: tuple[str, ...]) -> dict[str, Any]:
+        values = self.model_dump(mode="json", include=set(sections))
         for section, key in PLACES:
-            value = values.get(section, {}).get(key)
             if section in values:
+                value = values[section][key]
                 values[section][key] = len(value) if isinstance(value, list) else value is not None
         return values
 
@@ -470,8 +476,8 @@ class Config(_Section):
         return Config.model_validate_json(json.dumps(values))
 
     def fingerprint(self) -> str:
-        """16 hex digits over :meth:`result_values`."""
-        text = json.dumps(self.result_values(), sort_keys=True)
+        """16 hex digits over :meth:`training_values` and :meth:`evaluation_values`."""
+        text = json.dumps({**self.training_values(), **self.evaluation_values()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -486,7 +492,7 @@ PLACES = (
     ("evaluation", "attributes"),
     ("evaluation", "pairs"),
 )
-RESULT_SECTIONS = ("data", "augment", "old", "new", "head", "compat", "optim", "evaluation")
+TRAINING_SECTIONS = ("data", "augment", "old", "new", "head", "compat", "optim")
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:

@@ -81,6 +81,14 @@ def set_model_alias(uri: str, model_name: str, run_id: str, alias: str) -> int:
         return version
 
 
+def describe_version(uri: str, model_name: str, run_id: str, description: str) -> None:
+    """Describe the version that was registered from the run, where there is one. Errors: RunError when MLflow does not answer."""
+    with _speaking(uri) as client:
+        version = find_version(client, model_name, run_id)
+        if version is not None:
+            client.update_model_version(model_name, str(version), description[:_DESCRIPTION_LENGTH])
+
+
 def tag_run(uri: str, run_id: str, tags: dict[str, Any]) -> None:
     """Set tags of the run now. Errors: RunError when MLflow does not answer or has no such run."""
     with _speaking(uri) as client:

@@ -70,7 +70,7 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any
 def start(partial: Path) -> None:
     """An empty directory to write into, in place of what a killed writer left."""
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(mode=0o700, parents=True)  # templates of people
 
 
 def finish(

@@ -133,7 +133,8 @@ def _intervals(
 def _some_identities(one: EmbeddingSet, seed: int) -> Ints:
     """Rows of whole identities, drawn while they fit into 8,192 images, at least two; all of a smaller set."""
     identities, count_I = np.unique(one.labels_N, return_counts=True)
-    taken, room = [], _MOST_IMAGES_DRAWN
+    taken: list[np.int64] = []
+    room = _MOST_IMAGES_DRAWN
     for place in np.random.default_rng(seed).permutation(len(identities)):
         if count_I[place] <= room or len(taken) < 2:  # one that is too large does not keep the others out
             taken.append(identities[place])
@@ -198,7 +199,8 @@ def upgrade_entries(upgrade: Upgrade) -> dict[str, Any]:
             },
         }
     if upgrade.p is not None:
-        entries["p_scores"] = {"p_comp": upgrade.p.p_comp, "p_up": upgrade.p.p_up, "p_1": upgrade.p.p_1}
+        p = upgrade.p
+        entries["p_scores"] = {"p_comp": p.p_comp, "p_up": p.p_up, "p_1": p.p_1, "undefined": list(p.undefined)}
     return entries
 
 

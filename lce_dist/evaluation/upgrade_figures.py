@@ -114,7 +114,10 @@ def groups_plot(groups: Sequence[Slice], far: float) -> Figure:
     cells = [key for key in ("old_old", "new_old", "new_new") if all(key in one.tar for one in shown)]
     figure = new_figure(8.0, 1.4 + 0.34 * (len(shown) + len({one.column for one in shown})))
     axes = figure.add_subplot()
-    row, ticks, names, heads, column = 0.0, [], [], [], None
+    ticks: list[float] = []
+    names: list[str] = []
+    heads: list[int] = []
+    row, column = 0.0, None
     for one in shown:
         if one.column != column:
             column = one.column

@@ -40,7 +40,9 @@ def finished_run(folder: Path, name: str, new_noise: float, seed: int = 2) -> tu
     cells = cells_of(model("old", 1, 0.75), model("new", seed, new_noise), None)
     cover = {"cover": np.random.default_rng(7).choice(["none", "mask"], 400)}
     upgrade = examine(build_matrix(cells, (0.01, 0.001)), cells, 0.01, cover)
-    write_report(run_dir, config, RunFacts("f", "new space", "old space", {"new": 10.0}, 4, 2, None), upgrade, {}, {})
+    write_report(
+        run_dir, config, RunFacts("f", "e", "new space", "old space", {"new": 10.0}, 4, 2, None), upgrade, {}, {}
+    )
     return run_dir, config
 
 
@@ -88,6 +90,15 @@ def test_the_alias_moves_to_a_run_that_passes_and_to_no_other(
         assert {"report.html", "gate.json", "report.json"} <= {entry.path for entry in client.list_artifacts(run_id)}
         assert "Is it safe to ship?" in run.data.tags["mlflow.note.content"]
     assert run.data.tags["lce.gate.reasons"]
+    # a verdict by other bounds is told everywhere, and that it is one
+    assert main(["gate", str(weak), *(f"--set=gate.{key}=off" for key in ("confidence", "max_negative_flips"))]) == 1
+    assert main(["gate", str(good), "--set", "gate.min_self_gain=0.9"]) == 1
+    capsys.readouterr()
+    good_id = json.loads((good / "tracking.json").read_text())["runs"]["parent"]
+    tags = client.get_run(good_id).data.tags
+    assert tags["lce.gate"] == "not passed" and "Do not ship" in tags["mlflow.note.content"]
+    assert "gate.min_self_gain=0.9 instead" in tags["mlflow.note.content"]
+    assert "No: 1 of 4 checks failed" in client.get_model_version("faces", "1").description
 
     # a second good one takes the alias over; asked again, the first takes it back
     better, better_config = finished_run(tmp_path, "better", 0.3, seed=5)
@@ -111,19 +122,35 @@ def test_other_bounds_json_and_refusals(tmp_path: Path, capsys: pytest.CaptureFi
     code, entry = verdict("--set", "gate.max_negative_flips=0.0001")
     assert code == 1 and [check["passed"] for check in entry["checks"]].count(False) == 1
     assert json.loads((run_dir / "gate.json").read_text())["passed"] is False
-    assert "do not ship" in (run_dir / "report.html").read_text()
+    page = (run_dir / "report.html").read_text()
+    assert "do not ship" in page and "gate.max_negative_flips=0.0001 instead of what the run" in page
+    assert entry["overridden"] == ["gate.max_negative_flips=0.0001"]
     code, entry = verdict("--set", "gate.max_negative_flips=off", "--set", "gate.min_slice_gain=off")
     assert code == 0 and len(entry["checks"]) == 2
 
     for arguments, what in (
-        ([str(tmp_path)], "holds no report.json"),
+        ([str(tmp_path)], "report.json is not there"),
         ([str(run_dir), "--set", "optim.lr=1"], "must be gate.KEY=VALUE"),
         ([str(run_dir), "--set", "gate.confidence=2"], "gate.confidence"),
         ([str(run_dir), "--set", "gate.confidense=0.9"], "did you mean 'confidence'"),
+        ([str(run_dir), "--json", str(tmp_path / "no" / "where.json")], "is not a folder"),
     ):
         assert main(["gate", *arguments, "--no-mlflow"]) == 2
         caught = capsys.readouterr().err
         assert what in caught and caught.count("\n") == 1, caught
+    report = run_dir / "report.json"
+    (tmp_path / "kept.json").write_bytes(report.read_bytes())
+    for content, what in (
+        (b'{"version": 1}', "is of version 1"),
+        (b"{}", "is of version None"),
+        (b"\xff\xfe", "is damaged"),
+        (b"[1]", "is damaged"),
+    ):
+        report.write_bytes(content)
+        assert main(["gate", str(run_dir), "--no-mlflow"]) == 2
+        caught = capsys.readouterr().err
+        assert what in caught and caught.count("\n") == 1, caught
+    report.write_bytes((tmp_path / "kept.json").read_bytes())
     assert main(["gate", str(run_dir)]) == 0  # MLflow has not heard of it
     assert "does not know this run" in capsys.readouterr().out
 

@@ -43,7 +43,7 @@ def test_checkpoints_were_looked_at_beside_the_training(workplace: Workplace, un
     # the last checkpoint is the model that was evaluated at the end: the same numbers over the same images
     config = parse_config(json.loads((run / "resolved.json").read_text()), "resolved", json_mode=True)
     (data,) = (workplace.folder / "runs" / ".cache").glob("faces-*")
-    job = Job(config, data, run, run.parent / ".cache", "f", workplace.folder, True, {})
+    job = Job(config, data, run, run.parent / ".cache", "f", "e", workplace.folder, True, {})
     steps = sorted(int(path.name[5:]) for path in (run / "new" / "checkpoints").glob("step-*"))
     last, report = look(job, steps[-1]), workplace.report("small")
     assert last is not None and last.step == steps[-1]
@@ -106,6 +106,24 @@ def test_mlflow_holds_the_run(workplace: Workplace, undisturbed: str) -> None:
 def test_the_same_command_again_shows_the_report(workplace: Workplace, undisturbed: str) -> None:
     code, output = workplace.run("train", "--config", "small.toml", "--nodes", "2")
     assert code == 0 and "finished before" in output and "M(new, old)" in output
+    # another gate is judged without Ray and told to MLflow
+    gate_file = workplace.folder / "runs" / "small" / "gate.json"
+    client = MlflowClient(f"sqlite:///{workplace.folder}/runs/mlflow.db")
+    parent = json.loads((gate_file.parent / "tracking.json").read_text())["runs"]["parent"]
+    for asked, word in (("2.0", "not passed"), ("-2.0", "passed")):
+        others = (
+            "gate.confidence=off",
+            "gate.min_self_ratio=off",
+            "gate.max_negative_flips=off",
+            "gate.min_slice_gain=off",
+        )
+        options = [part for one in (f"gate.min_self_gain={asked}", *others) for part in ("--set", one)]
+        code, output = workplace.run("train", "--config", "small.toml", "--nodes", "2", *options)
+        assert code == 0 and "starting" not in output
+        assert json.loads(gate_file.read_text())["passed"] is (word == "passed")
+        assert client.get_run(parent).data.tags["lce.gate"] == word
+    code, output = workplace.run("train", "--config", "small.toml", "--nodes", "2")
+    assert code == 0 and json.loads(gate_file.read_text())["gate"]["confidence"] == 0.95
 
 
 def test_other_settings_under_the_same_name_are_refused(workplace: Workplace, undisturbed: str) -> None:
@@ -143,6 +161,23 @@ def test_killed_worker_then_killed_driver_ends_with_the_same_report(workplace: W
     ]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    templates = [new / "classifier", *new.glob("checkpoints/step-*"), *(new.parents[1] / ".cache").glob("old-space-*")]
+    assert len(templates) >= 4 and all(path.stat().st_mode & 0o077 == 0 for path in templates)
+
+    # other questions about the same weights: evaluated anew, not trained
+    trained = (new / "model.safetensors").stat().st_mtime_ns
+    code, output = workplace.run(*arguments, "--set", "evaluation.fars=[0.1,0.01]", "--set", "gate.min_self_gain=0.99")
+    assert code == 0, output
+    assert (new / "model.safetensors").stat().st_mtime_ns == trained
+    anew = workplace.report("killed")
+    assert set(anew["new_old"]["tar_at_far"]) == {"0.1", "0.01"} and (clean["revision"], anew["revision"]) == (0, 1)
+    assert anew["new_old"]["tar_at_far"]["0.01"] == clean["new_old"]["tar_at_far"]["0.01"]
+    verdict = json.loads((new.parent / "gate.json").read_text())
+    assert not verdict["passed"] and verdict["gate"]["min_self_gain"] == 0.99
+    client = MlflowClient(f"sqlite:///{workplace.folder}/runs/mlflow.db")
+    parent = json.loads((new.parent / "tracking.json").read_text())["runs"]["parent"]
+    assert [point.step for point in client.get_metric_history(parent, "tar_at_far_0.01/new_old")] == [0, 1]
+    assert client.get_run(parent).data.tags["lce.gate"] == "not passed"
 
 
 def test_any_number_of_ranks_sees_the_same_batches_and_a_net_without_batch_statistics_the_same_losses(

@@ -19,14 +19,14 @@ from pipelines.pixels import decode_sample
 GENUINE = [True, False, True, True, False, False, True, False, True, False, False, True]
 
 
-def pair_file(path: Path, kinds: tuple[str, ...] = ("JPEG", "PNG")) -> Path:
+def pair_file(path: Path, kinds: tuple[str, ...] = ("JPEG", "PNG"), genuine: list[bool] = GENUINE) -> Path:
     images = []
-    for number in range(2 * len(GENUINE)):
+    for number in range(2 * len(genuine)):
         picture = Image.new("RGB", (40, 40), (10 * number, 200, 30))
         held = io.BytesIO()
         picture.save(held, kinds[number % len(kinds)])
         images.append(held.getvalue())
-    path.write_bytes(pickle.dumps((images, GENUINE)))
+    path.write_bytes(pickle.dumps((images, genuine)))
     return path
 
 
@@ -90,3 +90,14 @@ def test_refusals(tmp_path: Path) -> None:
         open_pair_sets(["junk.bin"], tmp_path, cache)
     with pytest.raises(DataError):  # and a second time, too: nothing half-made is taken for whole
         open_pair_sets(["junk.bin"], tmp_path, cache)
+
+
+def test_what_cannot_be_judged_is_refused_before_the_training_and_names_are_made_fit_for_metrics(
+    tmp_path: Path,
+) -> None:
+    pair_file(tmp_path / "bad.bin", genuine=[True, False, False, False])
+    with pytest.raises(DataError, match=r"bad\.bin: without fold 1 of the list no genuine pair is left"):
+        open_pair_sets(["bad.bin"], tmp_path, tmp_path / "cache")
+    pair_file(tmp_path / "lfw (v2) #1.bin")
+    (one,) = open_pair_sets(["lfw (v2) #1.bin"], tmp_path, tmp_path / "cache")
+    assert one.name == "lfw _v2_ _1"

@@ -197,6 +197,7 @@ def report_of(place: Place, name: str, old: dict[str, str]) -> dict:
         run_dir,
         place.folder / "cache",
         "f" * 16,
+        "e" * 16,
         place.folder,
         False,
         {},

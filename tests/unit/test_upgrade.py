@@ -124,7 +124,9 @@ def test_each_check_passes_and_fails_on_its_own_number(report: dict[str, Any]) -
 def test_small_groups_and_missing_models_are_not_judged(report: dict[str, Any]) -> None:
     assert judge(report, gate(min_slice_gain=0.9, min_slice_images=1)).failed
     unknown = judge(report, gate(min_slice_gain=0.9, min_slice_images=10_000))
-    assert [check.passed for check in unknown.checks] == [None] and not unknown.passed  # what cannot be told does not pass
+    assert [check.passed for check in unknown.checks] == [
+        None
+    ] and not unknown.passed  # what cannot be told does not pass
     assert judge({**report, "slices": []}, gate(min_slice_gain=0.9)).checks == ()  # without attributes nothing is asked
     del report["independent_new"]
     assert judge(report, gate(min_self_ratio=5.0)).checks == ()
