@@ -16,13 +16,14 @@ import numpy.typing as npt
 
 from lce_dist.errors import RunError
 from lce_dist.evaluation.counting import MOST_PAIRS_AT_ALL_LEVELS, PairCounts, count_at_all_levels, count_pairs
-from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.embeddings import EmbeddingSet, whole_identities
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Order = Literal["random", "boundary_excess_first", "farthest_from_centre_first"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 _NUM_PARTS = 10
+_MOST_GALLERY = 1 << 15
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,10 @@ def backfill(
     far: float,
     seed: int = 0,
 ) -> Backfill:
-    """Curves of TAR at ``far``, the threshold chosen anew for every mixture; of many images over queries drawn by ``seed``.
+    """Curves of TAR at ``far``, the threshold chosen anew for every mixture.
+
+    Of more than 32,768 images over whole identities, and of more than 2^26 pairs over queries, drawn by ``seed``; each image keeps
+    its place in the order of all.
 
     old_crossing: queries and gallery of the cross-test, as they are compared (through a map where there is one). new: those
     of the new model alone. old_gallery: the old vectors, by which images are put in order.
@@ -58,18 +62,19 @@ def backfill(
                 f"{one.name!r} and {other.name!r} are of {len(one.labels_N)} and {len(other.labels_N)} images, or of others; "
                 "must be the same images in the same order. Embed the same view with both models"
             )
-    draw = np.random.default_rng(seed)
-    num_queries = max(1, MOST_PAIRS_AT_ALL_LEVELS // len(new[1].labels_N))
-    queries = np.sort(draw.permutation(len(new[0].labels_N))[:num_queries])
-    old_pair = _rows(old_crossing[0], queries), old_crossing[1]
-    new_pair = _rows(new[0], queries), new[1]
+    some_M = whole_identities(old_gallery, _MOST_GALLERY, seed)
+    num_queries = max(1, MOST_PAIRS_AT_ALL_LEVELS // len(some_M))
+    queries = np.sort(np.random.default_rng(seed).permutation(some_M)[:num_queries])
+    old_pair = old_crossing[0].rows(queries), old_crossing[1].rows(some_M)
+    new_pair = new[0].rows(queries), new[1].rows(some_M)
     nothing_done = count_pairs(*old_pair, [far])
-    curves = {
-        order: _curve(nothing_done, old_pair, new_pair, backfill_order(old_gallery, order, seed), far)
-        for order in ORDERS
-    }
-    sizes = [len(part) for part in np.array_split(np.arange(len(old_gallery.labels_N)), _NUM_PARTS)]
-    return Backfill(far, np.cumsum([0, *sizes]) / len(old_gallery.labels_N), curves)
+    curves = {}
+    for order in ORDERS:
+        order_N = backfill_order(old_gallery, order, seed)
+        of_some_M = np.searchsorted(some_M, order_N[np.isin(order_N, some_M)])
+        curves[order] = _curve(nothing_done, old_pair, new_pair, of_some_M, far)
+    sizes = [len(part) for part in np.array_split(some_M, _NUM_PARTS)]
+    return Backfill(far, np.cumsum([0, *sizes]) / len(some_M), curves)
 
 
 def backfill_order(gallery: EmbeddingSet, order: Order, seed: int = 0) -> Ints:
@@ -119,12 +124,8 @@ def _curve(
     tar = [float(nothing_done.operating_points([far])[0][0])]
     for rows in np.array_split(order_N, _NUM_PARTS):
         if len(rows):
-            before, after = (count_at_all_levels(query, _rows(gallery, rows)) for query, gallery in (old, new))
+            before, after = (count_at_all_levels(query, gallery.rows(rows)) for query, gallery in (old, new))
             genuine_L += after.genuine_L - before.genuine_L
             impostor_L += after.impostor_L - before.impostor_L
         tar.append(float(PairCounts(genuine_L, impostor_L, 0, 0).operating_points([far])[0][0]))
     return np.array(tar)
-
-
-def _rows(one: EmbeddingSet, rows: Ints) -> EmbeddingSet:
-    return EmbeddingSet(one.name, one.vectors_ND[rows], one.labels_N[rows], one.sample_ids_N[rows])

@@ -56,3 +56,19 @@ class EmbeddingSet:
                 f"image {unique[times > 1][0]} occurs {times.max()} times among the {shape[0]} vectors of model "
                 f"{self.name!r}; each image must occur once. Drop padded rows before building the set"
             )
+
+    def rows(self, rows_M: Counts) -> EmbeddingSet:
+        """The set of some of its images, in the order of ``rows_M`` (M,)."""
+        return EmbeddingSet(self.name, self.vectors_ND[rows_M], self.labels_N[rows_M], self.sample_ids_N[rows_M])
+
+
+def whole_identities(one: EmbeddingSet, most_images: int, seed: int) -> Counts:
+    """Rows (M,), rising, of all images of identities drawn while they fit into ``most_images``; of two at least."""
+    identities, count_I = np.unique(one.labels_N, return_counts=True)
+    taken: list[np.int64] = []
+    room = most_images
+    for place in np.random.default_rng(seed).permutation(len(identities)):
+        if count_I[place] <= room or len(taken) < 2:  # one that is too large does not keep the others out
+            taken.append(identities[place])
+            room -= int(count_I[place])
+    return np.flatnonzero(np.isin(one.labels_N, taken))

@@ -124,6 +124,7 @@ def report_entries(matrix: Mapping[str, PairResult]) -> dict[str, dict[str, Any]
             "threshold_at_far": dict(result.threshold_at_far),
             "num_genuine": result.num_genuine,
             "num_impostor": result.num_impostor,
+            "exact_up_to_far": result.exact_up_to_far,
         }
         for key, result in matrix.items()
     }

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lce_dist.evaluation.backfill import ORDERS, Backfill, backfill
 from lce_dist.evaluation.bootstrap import Interval, count_by_identity, interval, resampled_tars
-from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.embeddings import whole_identities
 from lce_dist.evaluation.mates import Flips, Pair, flips_at, mates
 from lce_dist.evaluation.matrix import Verdict, criterion, report_entries
 from lce_dist.evaluation.metrics import PairResult, far_key
 from lce_dist.evaluation.scores import Cells, PScores, p_scores
 from lce_dist.evaluation.slices import Slice, Words, slices
-
-Ints = npt.NDArray[np.int64]
 
 # what users live through: new queries in the gallery as it is, and after it was re-encoded
 CHANGES = {"shipped": ("old_old", "new_old"), "re_encoded": ("old_old", "new_new")}
@@ -114,8 +111,8 @@ def _intervals(
     # cells of one vector an identity have other rows; only those of the same images are drawn together
     images = cells["new_new"][0].sample_ids_N
     names = [key for key in matrix if all(np.array_equal(one.sample_ids_N, images) for one in cells[key])]
-    chosen = _some_identities(cells["new_new"][0], seed)
-    pairs = {key: (_rows(cells[key][0], chosen), _rows(cells[key][1], chosen)) for key in names}
+    chosen = whole_identities(cells["new_new"][0], _MOST_IMAGES_DRAWN, seed)
+    pairs = {key: (cells[key][0].rows(chosen), cells[key][1].rows(chosen)) for key in names}
     tar_CB = resampled_tars([count_by_identity(*pairs[key], far) for key in names], _NUM_SAMPLES, seed)
     value = {key: matrix[key].tar_at_far[far_key(far)] for key in names}
     row = {key: tar_CB[number] for number, key in enumerate(names)}
@@ -128,22 +125,6 @@ def _intervals(
         known = ~np.isnan(row["new_old"] - row["old_old"])
         confidence = float(np.mean(row["new_old"][known] > row["old_old"][known]))
     return found, confidence, len(chosen)
-
-
-def _some_identities(one: EmbeddingSet, seed: int) -> Ints:
-    """Rows of whole identities, drawn while they fit into 8,192 images, at least two; all of a smaller set."""
-    identities, count_I = np.unique(one.labels_N, return_counts=True)
-    taken: list[np.int64] = []
-    room = _MOST_IMAGES_DRAWN
-    for place in np.random.default_rng(seed).permutation(len(identities)):
-        if count_I[place] <= room or len(taken) < 2:  # one that is too large does not keep the others out
-            taken.append(identities[place])
-            room -= int(count_I[place])
-    return np.flatnonzero(np.isin(one.labels_N, taken))
-
-
-def _rows(one: EmbeddingSet, rows: Ints) -> EmbeddingSet:
-    return EmbeddingSet(one.name, one.vectors_ND[rows], one.labels_N[rows], one.sample_ids_N[rows])
 
 
 def _p_scores(matrix: Mapping[str, PairResult], far: float, others: Mapping[str, Cells]) -> PScores | None:

@@ -8,7 +8,7 @@ import pytest
 from lce_dist.errors import RunError
 from lce_dist.evaluation import backfill as module
 from lce_dist.evaluation.backfill import ORDERS, backfill, backfill_order
-from lce_dist.evaluation.embeddings import EmbeddingSet
+from lce_dist.evaluation.embeddings import EmbeddingSet, whole_identities
 from lce_dist.evaluation.metrics import compare, far_key
 
 
@@ -53,6 +53,26 @@ def test_of_many_images_some_queries_serve(monkeypatch: pytest.MonkeyPatch) -> N
     some, every = backfill((new, old), (new, new), old, 0.01), compare(new, old, [0.01]).tar_at_far["0.01"]
     assert some.tar_K["random"][0] != every
     assert some.tar_K["random"][0] == pytest.approx(every, abs=0.15)
+
+
+def test_of_a_large_gallery_whole_identities_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = model("old", 1, 0.9), model("new", 2, 0.4)
+    every = backfill((new, old), (new, new), old, 0.01, seed=2)
+    monkeypatch.setattr(module, "_MOST_GALLERY", 96)  # of 240: 12 identities of 8
+    some = backfill((new, old), (new, new), old, 0.01, seed=2)
+    kept = whole_identities(old, 96, 2)
+    assert len(kept) == 96 and len(np.unique(old.labels_N[kept])) == 12
+    part = [backfill_order(old, "farthest_from_centre_first", seed=2)]
+    part = [row for row in part[0] if row in set(kept.tolist())]
+    mixed = old.vectors_ND.copy()
+    for rows in np.array_split(np.array(part), 10)[:3]:
+        mixed[rows] = new.vectors_ND[rows]
+    gallery = EmbeddingSet("mixed", mixed, old.labels_N, old.sample_ids_N).rows(kept)
+    wanted = compare(new.rows(kept), gallery, [0.01]).tar_at_far[far_key(0.01)]
+    assert some.tar_K["farthest_from_centre_first"][3] == wanted
+    assert some.share_K[3] == pytest.approx(30 / 96) and some.tar_K["random"][10] == pytest.approx(
+        every.tar_K["random"][10], abs=0.1
+    )
 
 
 def test_orders_by_hand() -> None:

@@ -124,4 +124,5 @@ def test_report_entries_survive_json() -> None:
         "threshold_at_far": matrix["new_old"].threshold_at_far,
         "num_genuine": 120 * 5,
         "num_impostor": 120 * 114,
+        "exact_up_to_far": 1.0,
     }
