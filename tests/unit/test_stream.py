@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from lce_dist.batch import Batch
 from lce_dist.config import AugmentConfig
 from lce_dist.errors import DataError
-from pipelines import stream
+from pipelines import reading
 from pipelines.augment import AugmentTable, identity_table
 from pipelines.dali import Decoder, EncodedBatch
 from pipelines.manifest import PackedDataset, View
@@ -410,9 +410,9 @@ def test_threads_and_files_are_gone_afterwards(view: View, own_process: ProcessP
 
 def test_at_most_a_few_shards_are_open(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(view.dataset.manifest.shards) > 3
-    monkeypatch.setattr(stream, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(reading, "MAX_OPEN_SHARDS", 2)
     files = num_open_files()
-    reader = stream.ShardReader(view.dataset)
+    reader = reading.ShardReader(view.dataset)
     ids = np.random.default_rng(0).permutation(NUM_IMAGES)
     for payload, sample_id in zip(reader.read(ids), ids.tolist(), strict=True):
         assert payload.tobytes() == payload_of(view.dataset, sample_id)
