@@ -5,8 +5,10 @@
     DIR/identities.txt       the identity key of each label, one a line
     DIR/names.npy            a hash of each sample's name in what was packed, by which stored vectors are found
     DIR/manifest.json        sizes and hashes of all of it; written last, so its presence means "complete"
+    DIR/quarantine.json      samples that are not used, and why; optional, written by ``lce data verify``
 
-Everything is checked once, in :meth:`PackedDataset.open`; what reads samples later trusts it.
+Shards may lie elsewhere (``root``: a folder or a URL). Everything is checked once, in :meth:`PackedDataset.open`; what
+reads samples later trusts it.
 """
 
 from __future__ import annotations
@@ -16,26 +18,33 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lce_dist.errors import DataError
 from pipelines.order import Int64Array
 
 FORMAT, VERSION = "lce-dist-shards", 1
 MANIFEST_FILE, INDEX_FILE, IDENTITIES_FILE = "manifest.json", "index.npy", "identities.txt"
-NAMES_FILE = "names.npy"
+NAMES_FILE, QUARANTINE_FILE = "names.npy", "quarantine.json"
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i8")])
 
 _TAR_BLOCK_BYTES = 512
 _CHECK_ROWS = 1 << 20  # index rows checked at a time, so that opening 40 million samples needs no gigabytes
 
-FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
+
+def _below_its_root(file: str) -> str:
+    if not file or "\\" in file or "\0" in file or any(part in ("", ".", "..") for part in file.split("/")):
+        raise ValueError(f"{file!r} is no relative path below its root")
+    return file
+
+
+FileName = Annotated[str, AfterValidator(_below_its_root)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -53,7 +62,10 @@ class ShardRecord(_Record):
 
 
 class Manifest(_Record):
-    """The contents of manifest.json. ``source`` names what was packed, so that a second run can reuse it."""
+    """The contents of manifest.json. ``source`` names what was packed, so that a second run can reuse it.
+
+    root: where the shards lie, a URL, or a folder relative to that of the manifest; None: beside it.
+    """
 
     format: str
     version: int
@@ -64,12 +76,13 @@ class Manifest(_Record):
     index_sha256: Sha256
     identities_sha256: Sha256
     names_sha256: Sha256 | None = None  # None: packed before names were kept
+    root: str | None = None
     source: str
     fingerprint: Sha256
 
     def content_fingerprint(self) -> str:
         """64 hex digits over everything that a reader of the data can see."""
-        text = json.dumps(self.model_dump(exclude={"fingerprint", "source"}, exclude_none=True), sort_keys=True)
+        text = json.dumps(self.model_dump(exclude={"fingerprint", "source", "root"}, exclude_none=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -104,6 +117,7 @@ class PackedDataset:
     index: npt.NDArray[np.void]
     identities: tuple[str, ...]
     name_hash_N2: npt.NDArray[np.uint64] | None  # keys.hash_keys of each sample's name in what was packed
+    quarantined: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # rising; not in any view
 
     @classmethod
     def open(cls, directory: Path) -> PackedDataset:
@@ -112,8 +126,9 @@ class PackedDataset:
         Errors: DataError naming the file, its value, the rule and the fix.
         """
         manifest = _read_manifest(directory)
-        for shard in manifest.shards:
-            _check_shard_size(directory, shard)
+        if not is_url(manifest.root):
+            for shard in manifest.shards:
+                _check_shard_size(directory / (manifest.root or ""), shard)
         _check_hash(directory / INDEX_FILE, manifest.index_sha256)
         _check_hash(directory / IDENTITIES_FILE, manifest.identities_sha256)
         # Not splitlines(): it would also split at characters that a key may hold, such as U+2028.
@@ -126,7 +141,9 @@ class PackedDataset:
                 "Pack the data set again"
             )
         _check_rows(directory / INDEX_FILE, index, manifest.shards, identities)
-        return cls(directory, manifest, index, identities, _map_names(directory / NAMES_FILE, manifest))
+        names = _map_names(directory / NAMES_FILE, manifest)
+        quarantined = np.array([one.sample for one in read_quarantine(directory, len(index))], dtype=np.int64)
+        return cls(directory, manifest, index, identities, names, np.unique(quarantined))
 
     @property
     def num_samples(self) -> int:
@@ -136,9 +153,18 @@ class PackedDataset:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    def shard_location(self, shard: int) -> str:
+        """Path or URL of the tar file that shard number ``shard`` of the index lies in."""
+        root, file = self.manifest.root, self.manifest.shards[shard].file
+        if root is not None and is_url(root):
+            return f"{root.rstrip('/')}/{file}"
+        return str(self.directory / (root or "") / file)
+
     def shard_path(self, shard: int) -> Path:
-        """The tar file that shard number ``shard`` of the index lies in."""
-        return self.directory / self.manifest.shards[shard].file
+        """``shard_location`` of shards on this machine. Errors: DataError when they are elsewhere."""
+        if is_url(self.manifest.root):
+            raise DataError(f"{self.directory} has its shards at {self.manifest.root}; this needs them on a disk")
+        return Path(self.shard_location(shard))
 
     def sample_key(self, sample_id: int) -> str:
         """The name of the sample's tar member, read from the header in front of its payload."""
@@ -164,8 +190,10 @@ class PackedDataset:
                 raise DataError(f"identity {key!r} was selected twice; name each once")
             new_labels[label_of[key]] = new_label
         labels = new_labels[self.index["label"]]
+        labels[self.quarantined] = -1
         sample_ids = np.flatnonzero(labels >= 0).astype(np.int64)
-        digest = hashlib.sha256("\n".join((self.fingerprint, *keys)).encode()).hexdigest()
+        left_out = [f"quarantined {self.quarantined.tolist()}"] if len(self.quarantined) else []
+        digest = hashlib.sha256("\n".join((self.fingerprint, *keys, *left_out)).encode()).hexdigest()
         return View(self, sample_ids, labels[sample_ids], keys, digest)
 
 
@@ -204,14 +232,56 @@ def split_identities(identities: Iterable[str], heldout: int, old_fraction: floa
     return IdentitySplit(tuple(train), tuple(old), tuple(sorted(by_chance[:heldout])))
 
 
+def is_url(root: str | None) -> bool:
+    """Whether shards lie at a URL (s3://, gs://, http://, https://, file://, ...) rather than in a folder."""
+    return root is not None and "://" in root
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A sample that is not used: its number, its tar member, and what is wrong with it."""
+
+    sample: int
+    key: str
+    reason: str
+
+
+def read_quarantine(directory: Path, num_samples: int) -> list[Quarantined]:
+    """What quarantine.json lists; nothing where there is no such file. Errors: DataError for a damaged or foreign one."""
+    path = directory / QUARANTINE_FILE
+    if not path.exists():
+        return []
+    try:
+        listed = [Quarantined(**one) for one in json.loads(path.read_text(encoding="utf-8"))["samples"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and run lce data verify again") from None
+    for one in listed:
+        if type(one.sample) is not int or not 0 <= one.sample < num_samples:
+            raise DataError(f"{path} names sample {one.sample!r} of {num_samples}; remove it and verify again")
+    return listed
+
+
+def write_quarantine(directory: Path, samples: Sequence[Quarantined]) -> None:
+    """Replace quarantine.json; an empty list removes it."""
+    path = directory / QUARANTINE_FILE
+    if not samples:
+        path.unlink(missing_ok=True)
+        return
+    ordered = sorted(samples, key=lambda one: one.sample)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"samples": [asdict(one) for one in ordered]}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def verify_checksums(dataset: PackedDataset, progress: Callable[[int, int], None] | None = None) -> None:
     """Read every shard and compare it with its hash; ``progress`` gets (shards done, shards).
 
     Errors: DataError naming the first shard that differs.
     """
     for number, shard in enumerate(dataset.manifest.shards):
-        _check_shard_size(dataset.directory, shard)
-        _check_hash(dataset.directory / shard.file, shard.sha256)
+        path = dataset.shard_path(number)
+        _check_shard_size(path.parent, shard.model_copy(update={"file": path.name}))
+        _check_hash(path, shard.sha256)
         if progress is not None:
             progress(number + 1, len(dataset.manifest.shards))
 

@@ -19,9 +19,12 @@ from pipelines.manifest import (
     INDEX_DTYPE,
     Manifest,
     PackedDataset,
+    Quarantined,
+    read_quarantine,
     split_identities,
     verify_checksums,
     write_description,
+    write_quarantine,
 )
 from pipelines.pack import pack_images
 
@@ -248,3 +251,55 @@ def test_the_split_never_changes() -> None:
 
 GOLDEN_HELDOUT = ("id1", "id5", "id6")
 GOLDEN_OLD = ("id0", "id4")
+
+
+def resign(directory: Path, **changes: object) -> None:
+    """A manifest with other contents and the fingerprint that goes with them."""
+    manifest = PackedDataset.open(directory).manifest.model_copy(update=changes)
+    signed = manifest.model_copy(update={"fingerprint": manifest.content_fingerprint()})
+    (directory / "manifest.json").write_text(json.dumps(signed.model_dump(exclude_none=True)))
+
+
+def test_shards_may_lie_elsewhere(copy: Path) -> None:
+    before = PackedDataset.open(copy)
+    elsewhere = copy.with_name("elsewhere")
+    elsewhere.mkdir()
+    for shard in before.manifest.shards:
+        (copy / shard.file).rename(elsewhere / shard.file)
+    rewritten_root = before.manifest.model_copy(update={"root": "../elsewhere"})
+    (copy / "manifest.json").write_text(json.dumps(rewritten_root.model_dump(exclude_none=True)))
+    moved = PackedDataset.open(copy)
+    assert moved.fingerprint == before.fingerprint, "where data lie does not change what they are"
+    assert moved.shard_path(0).read_bytes() and moved.sample_key(0) == "000000000.jpg"
+    at_url = before.manifest.model_copy(update={"root": "s3://bucket/faces/"})
+    (copy / "manifest.json").write_text(json.dumps(at_url.model_dump(exclude_none=True)))
+    remote = PackedDataset.open(copy)
+    assert remote.shard_location(0) == f"s3://bucket/faces/{before.manifest.shards[0].file}"
+    with pytest.raises(DataError, match="has its shards at s3://bucket/faces/"):
+        remote.shard_path(0)
+
+
+@pytest.mark.parametrize("file", ["../a.tar", "/a.tar", "a/../b.tar", "", "a\\b.tar", "./a.tar"])
+def test_a_shard_outside_of_its_root_is_refused(copy: Path, file: str) -> None:
+    manifest = PackedDataset.open(copy).manifest
+    resign(copy, shards=[manifest.shards[0].model_copy(update={"file": file}), *manifest.shards[1:]])
+    with pytest.raises(DataError, match="no relative path"):
+        PackedDataset.open(copy)
+
+
+def test_quarantined_samples_are_in_no_view(copy: Path) -> None:
+    before = PackedDataset.open(copy)
+    whole = before.select(before.identities)
+    write_quarantine(copy, [Quarantined(4, "000000004.jpg", "cannot be decoded"), Quarantined(1, "1", "twice")])
+    after = PackedDataset.open(copy)
+    view = after.select(after.identities)
+    assert after.quarantined.tolist() == [1, 4]
+    assert view.sample_ids.tolist() == [one for one in whole.sample_ids.tolist() if one not in (1, 4)]
+    assert view.fingerprint != whole.fingerprint
+    assert [one.reason for one in read_quarantine(copy, after.num_samples)] == ["twice", "cannot be decoded"]
+    write_quarantine(copy, [])
+    assert PackedDataset.open(copy).select(before.identities).fingerprint == whole.fingerprint
+    for content in ('{"samples": [{"sample": 99999, "key": "", "reason": ""}]}', "{}", "no json"):
+        (copy / "quarantine.json").write_text(content)
+        with pytest.raises(DataError, match=r"quarantine\.json"):
+            PackedDataset.open(copy)
