@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lce_dist.collectives import all_agree, barrier
-from lce_dist.compat.artefact import CARD, Direction, card_of, read_bridge, save_bridge
+from lce_dist.compat.artefact import CARD, Direction, card_of, read_bridge, save_bridge, spaces_of
 from lce_dist.compat.bridges import Bridge
 from lce_dist.compat.fit import Pairs, fit_bridge
 from lce_dist.config import CompatConfig
@@ -43,12 +43,13 @@ def bridge_stage(
     trained: dict[str, nn.Module],
     seed: int,
     fingerprint: str,
+    spaces: tuple[str, str],
     world: World,
     report: Report,
 ) -> Bridge:
     """The map that ``config.mode`` needs, fitted on the first rank and read by all; kept when it was fitted before.
 
-    new_rows, old_rows: passes over the same images. trained: maps that were trained with the network, by direction.
+    new_rows, old_rows: passes over the same images. spaces: fingerprints of new and old model. trained: maps that were trained with the network, by direction.
     **Collectives**: gathers of all pairs. **Memory**: 4 * (D + E) bytes a pair on every rank.
     """
     direction: Direction = "old_to_new" if config.manner == "forward" else "new_to_old"
@@ -69,7 +70,8 @@ def bridge_stage(
                 {"jointly trained": copy.deepcopy(given).cpu()} if isinstance(given, Bridge) else {},
                 lambda text: report({"type": "note", "stage": "bridge", "text": text}),
             )
-            save_bridge(directory, fitted.chosen.bridge, card_of(fitted, direction, _FAR, {"fingerprint": fingerprint}))
+            about = {"fingerprint": fingerprint, **spaces_of(direction, *spaces)}
+            save_bridge(directory, fitted.chosen.bridge, card_of(fitted, direction, _FAR, about))
             report({"type": "note", "stage": "bridge", "text": f"map chosen: {fitted.chosen.name}"})
 
         together(lambda: fit() if world.is_first else None, world, RunError)

@@ -116,6 +116,12 @@ def _apply(arguments: argparse.Namespace) -> None:
             f"vectors {file.path} have {file.dim} dimensions; the map {arguments.bridge} begins at the {source} model's "
             f"{bridge.dim_in} (and ends at the {target} one's {bridge.dim_out}). Give vectors of the {source} model"
         )
+    begins, ends = card.get("from_space"), card.get("to_space")
+    if None not in (begins, file.space) and file.space != begins:
+        raise DataError(
+            f"vectors {file.path} are of space {file.space!r}; the map {arguments.bridge} begins at {begins!r}. Give vectors of "
+            "the model that it was fitted to"
+        )
     with RunProgress(Console(stderr=True)) as progress:
 
         def mapped() -> Iterator[Block]:
@@ -126,7 +132,7 @@ def _apply(arguments: argparse.Namespace) -> None:
                 progress.count("mapping", done, file.num_rows)
                 yield Block(block.keys, rows.numpy(), block.identities)
 
-        write_vectors(arguments.out, bridge.dim_out, file.num_rows, mapped())
+        write_vectors(arguments.out, bridge.dim_out, file.num_rows, mapped(), ends)
     print(f"{arguments.out}: {file.num_rows:,} unit vectors of {bridge.dim_out} values")
 
 
@@ -136,7 +142,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     from launch.progress import RunProgress
     from launch.vector_files import open_vectors
     from lce_dist.blocks import refuse_existing
-    from lce_dist.compat.artefact import card_of, save_bridge
+    from lce_dist.compat.artefact import card_of, save_bridge, spaces_of
     from lce_dist.compat.fit import fit_bridge
     from lce_dist.evaluation.by_identity import tar_by_identity
 
@@ -162,6 +168,7 @@ def _fit(arguments: argparse.Namespace) -> None:
         "old_model": f"vectors {_hash_of(old.path)}",
         "heldout": arguments.heldout,
         "seed": arguments.seed,
+        **spaces_of(arguments.direction, new.space, old.space),
     }
     chosen = fitted.chosen
     save_bridge(arguments.out, chosen.bridge, card_of(fitted, arguments.direction, arguments.far, about))

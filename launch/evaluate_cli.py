@@ -410,8 +410,10 @@ def _load(arguments: argparse.Namespace) -> _Sides:
 
     bridge, mapped = None, None
     if arguments.bridge is not None:
-        bridge = read_bridge(arguments.bridge)
-        mapped = arguments.map or _BRIDGE_SIDE[read_card(arguments.bridge)["direction"]]
+        card, bridge = read_card(arguments.bridge), read_bridge(arguments.bridge)
+        mapped = arguments.map or _BRIDGE_SIDE[card["direction"]]
+        sources = [arguments.query, arguments.gallery]
+        _check_spaces(card, *(sources if mapped == "query" else sources[::-1]))
     with RunProgress(Console(stderr=True)) as progress:
         query = _read(arguments.query, arguments.lengths, bridge if mapped == "query" else None, progress)
         gallery = query
@@ -427,7 +429,35 @@ def _load(arguments: argparse.Namespace) -> _Sides:
             f"vectors {names[0]} have {dims[0]} dimensions and {names[1]} {dims[1]}; must be equal to be compared. Give "
             "--bridge a map between the two models"
         )
-    return _Sides(query, gallery)
+    sides = _Sides(query, gallery)
+    _check_identities(sides)
+    return sides
+
+
+def _check_identities(sides: _Sides) -> None:
+    """Refuse two files that name other people for the same image. Errors: DataError."""
+    one, other = sides.query, sides.gallery
+    if one is other or one.identities is None or other.identities is None:
+        return
+    for key, row in one.row_of.items():
+        there = other.row_of.get(key)
+        if there is not None and one.identities[row] != other.identities[there]:
+            raise DataError(
+                f"vectors {one.path}, row {row + 1}, and {other.path}, row {there + 1}, have the same key and name two identities; "
+                "must be one. Correct one of them"
+            )
+
+
+def _check_spaces(card: dict[str, Any], source: Path, target: Path) -> None:
+    """Refuse a map between other models than the files say. Errors: DataError."""
+    from launch.vector_files import open_vectors
+
+    for path, key, word in ((source, "from_space", "begins at"), (target, "to_space", "leads to")):
+        space, wanted = open_vectors(path).space, card.get(key)
+        if None not in (space, wanted) and space != wanted:
+            raise DataError(
+                f"vectors {path} are of space {space!r}; the map {word} {wanted!r}. Give the map of these models"
+            )
 
 
 def _read(path: Path, lengths: str, bridge: Bridge | None, progress: RunProgress) -> _Vectors:

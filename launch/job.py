@@ -110,6 +110,7 @@ def run_job(job: Job, world: World, report: Report) -> None:
             {str(way): found for way, found in compat.method.maps().items()} if compat is not None else {},
             _seed_of(config, "bridge"),
             job.fingerprint,
+            (fingerprint(new), _fingerprint_of(old)),
             world,
             report,
         )

@@ -218,8 +218,12 @@ def _is_lfw(path: Path) -> bool:
     """Whether the first line is numbers alone."""
     for _, row in _csv(path):
         words = ",".join(row).split()
-        return 1 <= len(words) <= 2 and all(word.isascii() and word.isdigit() for word in words)
+        return 1 <= len(words) <= 2 and all(_is_number(word) for word in words)
     return False
+
+
+def _is_number(word: str) -> bool:
+    return len(word) < 10 and word.isascii() and word.isdigit()
 
 
 def _lfw_rows(path: Path, suffix: str) -> tuple[Iterator[tuple[int, str, str, int]], array[int] | None]:
@@ -241,7 +245,7 @@ def _lfw_rows(path: Path, suffix: str) -> tuple[Iterator[tuple[int, str, str, in
         for place, (line, words) in enumerate(body):
             genuine = place // each % 2 == 0
             numbers = (words[1], words[-1]) if len(words) == (3 if genuine else 4) else ()
-            if not numbers or not all(number.isascii() and number.isdigit() for number in numbers):
+            if not numbers or not all(_is_number(number) for number in numbers):
                 what = "NAME n m (one person)" if genuine else "NAME n NAME m (two people)"
                 raise DataError(f"{path}:{line}: {len(words)} words; must be {what}")
             names = (words[0], words[0] if genuine else words[2])

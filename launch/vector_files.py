@@ -1,8 +1,10 @@
 """Files of vectors, read and written a block at a time: Parquet, npz or npy, each row with its key.
 
-    X.parquet   columns ``key`` (text), ``vector`` (lists of floats of one length), and ``identity`` (text) or not
-    X.npz       arrays ``keys`` (N,) text, ``vectors`` (N, D) floats, and ``identities`` (N,) text or not
-    X.npy       (N, D) floats, beside X.keys.txt with N keys, one a line, and X.identities.txt or not
+    X.parquet   columns ``key`` (text), ``vector`` (lists of floats of one length), and ``identity``, ``space`` (text) or not
+    X.npz       arrays ``keys`` (N,) text, ``vectors`` (N, D) floats, and ``identities``, ``spaces`` (N,) text or not
+    X.npy       (N, D) floats, beside X.keys.txt with N keys, one a line, and X.identities.txt, X.spaces.txt or not
+
+``space`` says of which model a vector is (lce train: ``space`` in report.json); all rows of a file must be of one.
 
 The formats are those of lce_dist/models/stored_vectors.py, which finds rows by key; here all rows pass in order. Errors
 name numbers of rows, never a key. Nothing is unpickled.
@@ -14,6 +16,7 @@ import contextlib
 import itertools
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ import numpy.typing as npt
 from lce_dist.errors import DataError, RunError
 
 Vectors = npt.NDArray[np.float32]
+# whatever numpy and zipfile meet first in bytes that are not what they were
+_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, RuntimeError, SyntaxError)
 SUFFIXES = (".parquet", ".npz", ".npy")
 _BLOCK_ROWS = 1 << 14
 
@@ -40,13 +45,17 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class VectorFile:
-    """A file that was opened: its rows, their dimension, whether it names identities, and a pass over all."""
+    """A file that was opened: its rows, their dimension, whether it names identities, and a pass over all.
+
+    space: of which model the vectors are; None where the file does not say.
+    """
 
     path: Path
     num_rows: int
     dim: int
     has_identities: bool
     blocks: Callable[[], Iterator[Block]]
+    space: str | None
 
 
 def open_vectors(path: Path) -> VectorFile:
@@ -71,11 +80,11 @@ def open_vectors(path: Path) -> VectorFile:
         if row != opened.num_rows:
             raise DataError(f"vectors {path}: {row} rows came of {opened.num_rows}; the file is damaged, copy it again")
 
-    return VectorFile(path, opened.num_rows, opened.dim, opened.has_identities, checked)
+    return VectorFile(path, opened.num_rows, opened.dim, opened.has_identities, checked, opened.space)
 
 
-def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block]) -> None:
-    """Write ``blocks`` in the format of ``path``'s ending; the file appears whole or not at all.
+def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], space: str | None = None) -> None:
+    """Write ``blocks`` in the format of ``path``'s ending, and that they are of ``space``; the file appears whole or not at all.
 
     Errors: DataError for another ending; RunError where the file system refuses.
     **Memory**: a block; npz: all keys.
@@ -87,7 +96,7 @@ def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block]) 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # names of what lies beside an npy come before it: without the npy nobody looks at them
-        for written, name in write(path, partial, dim, num_rows, iter(blocks)):
+        for written, name in write(path, partial, dim, num_rows, iter(blocks), space):
             with written.open("rb") as file:
                 os.fsync(file.fileno())
             written.replace(name)
@@ -96,6 +105,20 @@ def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block]) 
     finally:
         for left in path.parent.glob(f"{partial.name}*"):
             left.unlink(missing_ok=True)
+
+
+def _one_space(path: Path, spaces: Iterable[str]) -> str | None:
+    """The space of all rows. Errors: DataError at the first row of another one."""
+    first = None
+    for row, space in enumerate(spaces):
+        if first is None:
+            first = space
+        if space != first:
+            raise DataError(
+                f"vectors {path}: row {row + 1} is of space {space!r}, the first of {first!r}; a file holds the vectors of one "
+                "model. Write one file a model"
+            )
+    return first
 
 
 def _check_block(path: Path, first: int, block: Block, dim: int) -> None:
@@ -122,10 +145,12 @@ def _check_block(path: Path, first: int, block: Block, dim: int) -> None:
 def _open_npy(path: Path) -> VectorFile:
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except _DAMAGED as error:
         raise DataError(f"vectors {path} is damaged or holds objects ({error}); save it again") from None
     _check_array(path, vectors.shape, vectors.dtype)
-    keys_file, identities_file = (path.with_name(f"{path.stem}.{what}.txt") for what in ("keys", "identities"))
+    keys_file, identities_file, spaces_file = (
+        path.with_name(f"{path.stem}.{what}.txt") for what in ("keys", "identities", "spaces")
+    )
     if not keys_file.is_file():
         raise DataError(f"vectors {path} have no {keys_file.name} beside them; write one key a line, in their order")
     has_identities = identities_file.is_file()
@@ -142,7 +167,8 @@ def _open_npy(path: Path) -> VectorFile:
                 f"vectors {path}: more keys or identities than the {len(vectors)} vectors; must be one each"
             )
 
-    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks)
+    space = _one_space(path, lines_of(spaces_file)) if spaces_file.is_file() else None
+    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks, space)
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -163,15 +189,15 @@ def _open_npz(path: Path) -> VectorFile:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            if not {"keys", "vectors"} <= names <= {"keys", "vectors", "identities"}:
+            if not {"keys", "vectors"} <= names <= {"keys", "vectors", "identities", "spaces"}:
                 found = ", ".join(sorted(names)[:6]) or "nothing"
                 raise DataError(
-                    f"vectors {path} holds {found}; must hold keys and vectors, and identities or not. "
+                    f"vectors {path} holds {found}; must hold keys and vectors, and identities and spaces or not. "
                     "Write it with np.savez(path, keys=..., vectors=...)"
                 )
             with archive.open("vectors.npy") as member:
                 shape, by_column, dtype = _header(member)
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+    except _DAMAGED as error:
         raise damaged(error) from None
     _check_array(path, shape, dtype)
     if by_column:
@@ -198,10 +224,14 @@ def _open_npz(path: Path) -> VectorFile:
                     rows_bD = np.frombuffer(raw, dtype).reshape(count, shape[1]).astype(np.float32)
                     part = slice(low, low + count)
                     yield Block(keys[part].tolist(), rows_bD, None if identities is None else identities[part].tolist())
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        except _DAMAGED as error:
             raise damaged(error) from None
 
-    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks)
+    try:
+        space = _one_space(path, words("spaces").tolist()) if "spaces" in names else None
+    except _DAMAGED as error:
+        raise damaged(error) from None
+    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks, space)
 
 
 def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -233,9 +263,11 @@ def _open_parquet(path: Path) -> VectorFile:
     except (pa.ArrowException, OSError) as error:
         raise damaged(error) from None
     columns = [name for name in ("key", "vector", "identity") if name in schema.names]
-    if columns[:2] != ["key", "vector"] or len(columns) != len(schema.names):
+    if columns[:2] != ["key", "vector"] or {*schema.names} - {*columns, "space"}:
         found = ", ".join(schema.names[:6])
-        raise DataError(f"vectors {path} has the columns {found}; must be key and vector, and identity or not")
+        raise DataError(
+            f"vectors {path} has the columns {found}; must be key and vector, and identity and space or not"
+        )
     kind = schema.field("vector").type
     listed = (pa.types.is_list(kind), pa.types.is_large_list(kind), pa.types.is_fixed_size_list(kind))
     if not any(listed) or not pa.types.is_floating(kind.value_type):
@@ -265,13 +297,24 @@ def _open_parquet(path: Path) -> VectorFile:
         except (pa.ArrowException, OSError) as error:
             raise damaged(error) from None
 
-    return VectorFile(path, num_rows, dim, "identity" in columns, blocks)
+    def spaces() -> Iterator[str]:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=_BLOCK_ROWS, columns=["space"]):
+                    yield from (str(space) for space in batch.column(0).to_pylist())
+        except (pa.ArrowException, OSError) as error:
+            raise damaged(error) from None
+
+    space = _one_space(path, spaces()) if "space" in schema.names else None
+    return VectorFile(path, num_rows, dim, "identity" in columns, blocks, space)
 
 
 _Written = Iterator[tuple[Path, Path]]
 
 
-def _write_parquet(path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block]) -> _Written:
+def _write_parquet(
+    path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block], space: str | None
+) -> _Written:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -282,6 +325,8 @@ def _write_parquet(path: Path, partial: Path, dim: int, num_rows: int, blocks: I
             columns = {"key": pa.array(block.keys), "vector": pa.FixedSizeListArray.from_arrays(values, dim)}
             if block.identities is not None:
                 columns["identity"] = pa.array(block.identities)
+            if space is not None:
+                columns["space"] = pa.array([space] * len(block.keys))
             table = pa.table(columns)
             if writer is None:
                 writer = stack.enter_context(pq.ParquetWriter(partial, table.schema))
@@ -289,25 +334,31 @@ def _write_parquet(path: Path, partial: Path, dim: int, num_rows: int, blocks: I
     yield partial, path
 
 
-def _write_npy(path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block]) -> _Written:
-    names = {what: partial.with_name(f"{partial.name}.{what}") for what in ("keys", "identities")}
+def _write_npy(
+    path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block], space: str | None
+) -> _Written:
+    names = {what: partial.with_name(f"{partial.name}.{what}") for what in ("keys", "identities", "spaces")}
     with contextlib.ExitStack() as stack:
         texts = {
             what: stack.enter_context(name.open("w", encoding="utf-8", newline="\n")) for what, name in names.items()
         }
         _write_rows(partial, dim, num_rows, blocks, lambda what, words: texts[what].writelines(f"{w}\n" for w in words))
+        texts["spaces"].writelines([] if space is None else [f"{space}\n"])
     for what, name in names.items():
         if name.stat().st_size:
             yield name, path.with_name(f"{path.stem}.{what}.txt")
     yield partial, path
 
 
-def _write_npz(path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block]) -> _Written:
+def _write_npz(
+    path: Path, partial: Path, dim: int, num_rows: int, blocks: Iterator[Block], space: str | None
+) -> _Written:
     words: dict[str, list[str]] = {"keys": [], "identities": []}
     rows = partial.with_name(f"{partial.name}.rows")
     _write_rows(rows, dim, num_rows, blocks, lambda what, some: words[what].extend(some))
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.write(rows, "vectors.npy")
+        words["spaces"] = [] if space is None else [space] * num_rows
         for what, column in words.items():
             if column:
                 with archive.open(f"{what}.npy", "w", force_zip64=True) as member:

@@ -120,6 +120,7 @@ def _words(path: Path, name: str, column: Any) -> npt.NDArray[np.str_]:
     elif not (
         pa.types.is_string(kind)
         or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
         or pa.types.is_boolean(kind)
         or pa.types.is_null(kind)
     ):

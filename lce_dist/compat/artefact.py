@@ -49,6 +49,12 @@ def card_of(fitted: Fitted, direction: Direction, far: float, about: dict[str, A
     }
 
 
+def spaces_of(direction: Direction, new: str | None, old: str | None) -> dict[str, str]:
+    """For a card: of which models a map's input and output are, where that is known (``space`` of reports and vector files)."""
+    begins, ends = (new, old) if direction == "new_to_old" else (old, new)
+    return {key: space for key, space in (("from_space", begins), ("to_space", ends)) if space is not None}
+
+
 def save_bridge(directory: Path, bridge: Bridge, card: dict[str, Any]) -> None:
     """Write the map and its card; a map that lay there is replaced. Errors: RunError where the file system refuses."""
     save_weights(bridge, directory / WEIGHTS, {"kind": bridge.kind, "direction": str(card["direction"])})

@@ -207,14 +207,17 @@ def _from_npy(path: Path) -> tuple[Vectors, KeyBlocks]:
     return vectors, keys
 
 
+_MEMBERS = ("keys", "vectors", "identities", "spaces")
+
+
 def _from_npz(path: Path, cache_dir: Path) -> tuple[Vectors, KeyBlocks]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(archive.namelist())
-            if names != ["keys.npy", "vectors.npy"]:
+            if not {"keys.npy", "vectors.npy"} <= {*names} <= {f"{name}.npy" for name in _MEMBERS}:
                 found = ", ".join(name.removesuffix(".npy") for name in names[:6]) or "nothing"
                 raise DataError(
-                    f"stored vectors {path} holds {found}; must hold exactly keys and vectors. "
+                    f"stored vectors {path} holds {found}; must hold keys and vectors (identities and spaces are passed over). "
                     "Write it with np.savez(path, keys=..., vectors=...)"
                 )
             key_shape, _, key_dtype, _ = _npy_header(path, archive, "keys.npy")
@@ -297,9 +300,10 @@ def _from_parquet(path: Path, cache_dir: Path) -> tuple[Vectors, KeyBlocks]:
     except (pa.ArrowException, OSError) as error:
         raise _damaged(error) from None
     names = schema.names
-    if sorted(names) != ["key", "vector"]:
+    if not {"key", "vector"} <= {*names} <= {"key", "vector", "identity", "space"}:
         raise DataError(
-            f"stored vectors {path} has the columns {', '.join(names[:6])}; must be exactly key and vector. Rename them"
+            f"stored vectors {path} has the columns {', '.join(names[:6])}; must be key and vector (identity and space are "
+            "passed over). Rename them"
         )
     key_type, vector_type = (schema.field(name).type for name in ("key", "vector"))
     if pa.types.is_dictionary(key_type):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from launch.evaluate_cli import add_evaluate_commands
-from launch.vector_files import Block, write_vectors
+from launch.vector_files import Block, open_vectors, write_vectors
 from lce_dist.compat.artefact import map_rows, read_bridge, save_bridge
 from lce_dist.compat.bridges import build_bridge
 from lce_dist.errors import CheckpointError, ConfigError, DataError
@@ -391,3 +391,55 @@ def test_more_refusals(tmp_path, files, bridge):
         )  # fmt: skip
     with pytest.raises(DataError, match=r"p\.csv:2: its first is not in .*new\.parquet"):
         lce("pairs", listed(tmp_path / "p.csv", "first,second,genuine", [("z", KEYS[0], 1)]), "--query", files[0])
+
+
+def test_a_file_holds_the_vectors_of_one_model(tmp_path: Path) -> None:
+    rows = some_rows(NEW_DIM, 1)
+    for name in ("a.parquet", "a.npz", "a.npy"):
+        write_vectors(tmp_path / name, NEW_DIM, NUM, [Block(KEYS, rows, PEOPLE)], space="model A")
+        assert open_vectors(tmp_path / name).space == "model A"
+        lce("all-pairs", "--query", tmp_path / name, "--far", "0.1")
+    assert open_vectors(stored(tmp_path / "unsaid.parquet", rows)).space is None
+    np.savez(tmp_path / "two.npz", keys=np.array(KEYS), vectors=rows, spaces=np.array(["A"] * 50 + ["B"] * 10))
+    with pytest.raises(DataError, match=r"two\.npz: row 51 is of space 'B', the first of 'A'; a file holds"):
+        lce("all-pairs", "--query", tmp_path / "two.npz")
+
+
+def test_a_map_of_other_models_is_refused(tmp_path: Path, bridge: Path) -> None:
+    card = json.loads((bridge / "bridge.json").read_text())
+    (bridge / "bridge.json").write_text(json.dumps(card | {"from_space": "new A", "to_space": "old A"}))
+    new, other = tmp_path / "new.parquet", tmp_path / "other.parquet"
+    old = tmp_path / "old.npz"
+    write_vectors(new, NEW_DIM, NUM, [Block(KEYS, some_rows(NEW_DIM, 1), PEOPLE)], space="new A")
+    write_vectors(other, NEW_DIM, NUM, [Block(KEYS, some_rows(NEW_DIM, 3), PEOPLE)], space="new B")
+    write_vectors(old, OLD_DIM, NUM, [Block(KEYS, some_rows(OLD_DIM, 2), PEOPLE)], space="old A")
+    lce("all-pairs", "--query", new, "--gallery", old, "--bridge", bridge, "--far", "0.1")
+    with pytest.raises(DataError, match=r"other\.parquet are of space 'new B'; the map begins at 'new A'"):
+        lce("all-pairs", "--query", other, "--gallery", old, "--bridge", bridge, "--far", "0.1")
+
+
+def test_files_that_name_other_people_are_refused_with_both_rows(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    people = list(PEOPLE)
+    people[7] = "somebody else"
+    other = stored(tmp_path / "other.parquet", some_rows(NEW_DIM, 4), people=people)
+    for action in (("all-pairs", "--far", "0.1"), ("retrieve",)):
+        with pytest.raises(
+            DataError, match=r"new\.parquet, row 8, and .*other\.parquet, row 8, have the same key"
+        ) as caught:
+            lce(*action, "--query", files[0], "--gallery", other)
+        assert "somebody" not in str(caught.value) and "person" not in str(caught.value)
+
+
+def test_damaged_files_are_one_line(tmp_path: Path, files: tuple[Path, Path]) -> None:
+    whole = files[1].read_bytes()
+    for place in range(0, len(whole), len(whole) // 60):
+        damaged = bytearray(whole)
+        damaged[place : place + 8] = b"\xff" * 8
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        try:
+            lce("all-pairs", "--query", files[0], "--gallery", tmp_path / "damaged.npz", "--far", "0.1")
+        except DataError as error:
+            assert "\n" not in str(error)
+    (tmp_path / "pairs.txt").write_text("1" * 5000 + "\nA 1 2\n")
+    with pytest.raises(DataError, match=r"pairs\.txt:1: the first line must be"):
+        lce("pairs", tmp_path / "pairs.txt", "--query", files[0])
