@@ -22,7 +22,7 @@ dt { font-weight: 700; margin-top: .7rem; } dd { margin: 0; }
 table { border-collapse: collapse; font-size: .92rem; } th, td { text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #eee; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr.bad td { color: #b2182b; }
 figure { margin: 1rem 0; } img { max-width: 100%; } figcaption, .small { color: #555; font-size: .88rem; }
-.wide { overflow-x: auto; } td { overflow-wrap: anywhere; min-width: 3.2rem; }
+.wide { overflow-x: auto; } td { overflow-wrap: break-word; }
 @media (max-width: 40rem) { body { padding: .8rem; } td, th { padding-right: .5rem; } }
 @media print { h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
