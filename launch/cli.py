@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from launch.bridge_cli import add_bridge_commands
 from launch.data_cli import add_data_commands
+from launch.doctor_cli import add_doctor_command
 from launch.evaluate_cli import add_evaluate_commands
 from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add_methods_command(commands)
 
     add_data_commands(commands)
+    add_doctor_command(commands)
     return parser
 
 
