@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from lce_dist.config import Config, load_config
+from lce_dist.config import PLACES, Config, load_config
 from lce_dist.errors import ConfigError, RunError, SetupError
 
 _MANIFESTS = Path(__file__).resolve().parents[1] / "k8s"
@@ -151,18 +151,15 @@ def _checked_config(options: KubernetesOptions) -> Config:
         raise ConfigError(
             f"cluster.device is {config.cluster.device!r}; overlay {options.overlay!r} does not fit it. Use 'auto'"
         )
-    paths = {"data.images": config.data.images, "data.shards": config.data.shards, "old.weights": config.old.weights}
-    paths |= {
-        "old.vectors": config.old.vectors,
-        "new.weights": config.new.weights,
-        "head.start_from": config.head.start_from,
-    }
-    for key, value in paths.items():
-        if value is not None and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
-            raise ConfigError(
-                f"{key} is {value!r}; pods see the folders {_DATA_DIR} and {_RUN_DIR} of the storage claim alone. "
-                f"Copy it into the claim's folder data and name it {_DATA_DIR}/..."
-            )
+    values = config.model_dump(mode="json")
+    for section, key in PLACES:
+        named = values[section][key]
+        for value in named if isinstance(named, list) else [named]:
+            if value is not None and "://" not in value and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
+                raise ConfigError(
+                    f"{section}.{key} is {value!r}; pods see the folders {_DATA_DIR} and {_RUN_DIR} of the storage claim "
+                    f"alone. Copy it into the claim's folder data and name it {_DATA_DIR}/..."
+                )
     return config
 
 

@@ -496,6 +496,15 @@ def test_a_config_that_pods_cannot_run_is_refused(tmp_path: Path) -> None:
         render(_options(config_path=path))
     path.write_text(local.replace("packed/faces", "/data/faces"))
     assert "/data/faces" in render(_options(config_path=path))
+    path.write_text(local.replace("packed/faces", "s3://bucket/faces"))
+    assert "s3://bucket/faces" in render(_options(config_path=path))
+    for asked, named in (
+        ('pairs = ["lfw.bin"]', r"evaluation\.pairs is 'lfw\.bin'"),
+        ('attributes = "who.csv"', "who.csv"),
+    ):
+        path.write_text(local.replace("packed/faces", "/data/faces") + f"\n[evaluation]\n{asked}\n")
+        with pytest.raises(ConfigError, match=named):
+            render(_options(config_path=path))
     path.write_text(f'{text}\n[cluster]\ndevice = "cpu"\n')
     with pytest.raises(ConfigError, match=r"cluster\.device is 'cpu'; overlay 'gpu'"):
         render(_options(config_path=path))
