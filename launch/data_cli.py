@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launch.edit_cli import add_edit_commands
 from lce_dist.config import SyntheticConfig
 from lce_dist.errors import ConfigError
 
@@ -54,9 +55,7 @@ def add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     show.add_argument("--photos", type=int, default=10)
     show.add_argument("--tile", type=int, default=96, help="pixels of one photo on the sheet")
     show.set_defaults(run=_show)
-    verify = data.add_parser("verify", help="read every shard and compare it with the manifest's checksums")
-    verify.add_argument("packed", type=Path)
-    verify.set_defaults(run=_verify)
+    add_edit_commands(data)
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -110,15 +109,6 @@ def _show(arguments: argparse.Namespace) -> None:
     arguments.png.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(arguments.png)
     print(f"{arguments.png}: {sheet.width} x {sheet.height}")
-
-
-def _verify(arguments: argparse.Namespace) -> None:
-    from pipelines.manifest import PackedDataset, verify_checksums
-
-    dataset = PackedDataset.open(arguments.packed)
-    with counter() as count:
-        verify_checksums(dataset, lambda done, total: count("verifying", done, total))
-    print(f"{arguments.packed}: {dataset.num_samples:,} images, every shard as packed")
 
 
 @contextmanager

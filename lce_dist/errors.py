@@ -27,6 +27,12 @@ class DataError(LceError):
     exit_code = 2
 
 
+class FindingsError(LceError):
+    """A check did its work and found something (exit 3)."""
+
+    exit_code = 3
+
+
 class CheckpointError(LceError):
     """A checkpoint or a weights file is damaged, foreign or from another config (exit 2)."""
 

@@ -50,8 +50,8 @@ def test_verify_finds_a_flipped_bit(faces: Path, capsys: pytest.CaptureFixture[s
     try:
         shard.write_bytes(content)
         capsys.readouterr()
-        assert main(["data", "verify", str(faces)]) == 2
-        assert shard.name in capsys.readouterr().err
+        assert main(["data", "verify", str(faces)]) == 3
+        assert shard.name in capsys.readouterr().out
     finally:
         content[2000] ^= 1
         shard.write_bytes(content)

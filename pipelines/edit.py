@@ -1,0 +1,551 @@
+"""Packed data sets are merged into a new one, and people or images leave one for good; image bytes stay as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import ctypes
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lce_dist.errors import DataError, RunError
+from lce_dist.keys import hash_keys
+from pipelines import manifest as packed
+from pipelines.manifest import (
+    INDEX_DTYPE,
+    PackedDataset,
+    Quarantined,
+    ShardRecord,
+    read_quarantine,
+    write_description,
+    write_quarantine,
+)
+from pipelines.members import END_OF_TAR, BrokenTarError, Member, member_bytes, padded, read_members
+from pipelines.order import Int64Array
+from pipelines.verify import samples_by_shard
+
+Progress = Callable[[str, int, int], None]
+IdentityMap = Mapping[tuple[int, str], str]  # (number of the set, key there) -> key in the merged set
+
+_ENDINGS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"GIF8", "gif"))
+_TOLD_EVERY = 1000  # samples
+
+
+# Merge
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """The merged data set; ``shared_names`` image names, as ``shared_identities`` keys, are in more than one set."""
+
+    dataset: PackedDataset
+    shared_identities: int
+    shared_names: int
+
+
+def merge(
+    directories: Sequence[Path],
+    out: Path,
+    name: str,
+    identity_map: IdentityMap,
+    prefix: bool,
+    shard_size_bytes: int,
+    progress: Progress | None = None,
+) -> Merged:
+    """One data set of all samples, set after set; identities of one key, or that the map gives one key, become one.
+
+    prefix: keys that the map does not name become FOLDER/KEY, so that equal keys of two sets stay two people.
+    What is in quarantine stays in it. ``out`` appears whole or not at all.
+    Errors: DataError for sets that cannot be read, an ``out`` that exists, a key in the map that its set does not have.
+    **Memory**: 40 bytes a sample, and the keys.
+    """
+    if out.exists():
+        raise DataError(f"{out} exists; it is not written over. Choose another place, or remove it")
+    sets = [PackedDataset.open(directory) for directory in directories]
+    keys = [_new_keys(number, one, identity_map, prefix) for number, one in enumerate(sets)]
+    identities = sorted(set().union(*keys))
+    label_of = {key: label for label, key in enumerate(identities)}
+    new_labels = [np.array([label_of[key] for key in of_set], dtype=np.int64) for of_set in keys]
+    total = sum(one.num_samples for one in sets)
+    index, names_N2 = np.zeros(total, dtype=INDEX_DTYPE), np.zeros((total, 2), dtype=np.uint64)
+    quarantine: list[Quarantined] = []
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+        partial.mkdir(parents=True)
+        writer = _Writer(partial, name, shard_size_bytes)
+        with contextlib.closing(writer):
+            for one, labels in zip(sets, new_labels, strict=True):
+                listed = {entry.sample: entry for entry in read_quarantine(one.directory, one.num_samples)}
+                for sample, payload in _payloads(one):
+                    new = writer.num_samples
+                    label = int(labels[one.index[sample]["label"]])
+                    index[new] = writer.write(payload, label, identities[label])
+                    names_N2[new] = one.name_hash_N2[sample] if one.name_hash_N2 is not None else _no_name(one, sample)
+                    if sample in listed:
+                        quarantine.append(Quarantined(new, f"{new:09d}.{_ending(payload)}", listed[sample].reason))
+                    if progress is not None and (new % _TOLD_EVERY == 0 or new + 1 == total):
+                        progress("merging", new + 1, total)
+        source = hashlib.sha256(json.dumps([one.fingerprint for one in sets] + [identities]).encode()).hexdigest()
+        write_description(partial, name, writer.shards, index, identities, source, names_N2)
+        write_quarantine(partial, quarantine)
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{out} cannot be written: {error}. Free space or choose another place") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shared = sum(len(set(of_set)) for of_set in keys) - len(identities)
+    edges = np.cumsum([0, *(one.num_samples for one in sets)])
+    of_sets = [len(np.unique(names_N2[first:end], axis=0)) for first, end in itertools.pairwise(edges)]
+    return Merged(PackedDataset.open(out), shared, sum(of_sets) - len(np.unique(names_N2, axis=0)))
+
+
+def read_identity_map(path: Path, directories: Sequence[Path]) -> IdentityMap:
+    """A CSV with the columns ``set`` (a folder as given, or its last part), ``key`` (there) and ``identity`` (the new key).
+
+    Errors: DataError with the line for an unknown set, an empty value, and a key that gets two identities.
+    """
+    number_of = {str(directory): number for number, directory in enumerate(directories)}
+    for number, directory in enumerate(directories):
+        number_of.setdefault(directory.resolve().name, number)
+    found: dict[tuple[int, str], str] = {}
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            missing = sorted({"set", "key", "identity"} - set(rows.fieldnames or ()))
+            if missing:
+                raise DataError(f"identity map {path} lacks the column {missing[0]!r}; must have set, key and identity")
+            for line, row in enumerate(rows, 2):
+                folder, key, identity = row["set"], row["key"], row["identity"]
+                if not folder or not key or not identity:
+                    raise DataError(
+                        f"identity map {path}, line {line}: a value is empty; fill in set, key and identity"
+                    )
+                if folder not in number_of:
+                    known = ", ".join(str(directory) for directory in directories)
+                    raise DataError(f"identity map {path}, line {line}: set {folder!r} is none of {known}")
+                place = number_of[folder], key
+                if found.setdefault(place, identity) != identity:
+                    raise DataError(
+                        f"identity map {path}, line {line}: {key!r} of {folder} is {found[place]!r} and {identity!r}"
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"identity map {path} cannot be read ({error}); name a CSV in UTF-8") from None
+    return found
+
+
+def _new_keys(number: int, dataset: PackedDataset, identity_map: IdentityMap, prefix: bool) -> list[str]:
+    known = set(dataset.identities)
+    for (of_set, key), _ in identity_map.items():
+        if of_set == number and key not in known:
+            raise DataError(f"the identity map names {key!r} of {dataset.directory}, which has no such identity")
+    folder = dataset.directory.resolve().name
+    keys = []
+    for key in dataset.identities:
+        mapped = identity_map.get((number, key), f"{folder}/{key}" if prefix else key)
+        if any(character in mapped for character in "\n\r\0"):
+            raise DataError(f"identity key {mapped!r} must have no line break; change the map")
+        keys.append(mapped)
+    return keys
+
+
+def _no_name(dataset: PackedDataset, sample: int) -> npt.NDArray[np.uint64]:
+    return hash_keys([f"{dataset.fingerprint}:{dataset.sample_key(sample)}"])[0]
+
+
+def _payloads(dataset: PackedDataset) -> Iterator[tuple[int, bytes]]:
+    """Every sample and its image, shard after shard."""
+    num_shards = len(dataset.manifest.shards)
+    for shard, samples in enumerate(samples_by_shard(dataset.index, num_shards)):
+        with _mapped(dataset.shard_path(shard)) as tar:
+            rows = dataset.index[samples]
+            for sample, offset, size in zip(
+                samples.tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True
+            ):
+                yield sample, tar[offset : offset + size]
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            yield tar
+    except (OSError, ValueError) as error:
+        raise DataError(f"shard {path} cannot be read ({error}); restore it or pack again") from None
+
+
+def _ending(payload: bytes) -> str:
+    return next((ending for start, ending in _ENDINGS if payload.startswith(start)), "jpg")
+
+
+class _Writer:
+    """Shards NAME-000000.tar ... of a chosen size, with .cls, .id and the image of each sample."""
+
+    def __init__(self, directory: Path, name: str, shard_size_bytes: int) -> None:
+        self._directory, self._name, self._shard_size_bytes = directory, name, shard_size_bytes
+        self._shard: _NewShard | None = None
+        self._records: list[ShardRecord] = []
+        self.num_samples = 0
+
+    def write(self, payload: bytes, label: int, identity: str) -> tuple[int, int, int, int]:
+        """Append a sample; returns its row of the index."""
+        if self._shard is None:
+            self._shard = _NewShard(self._directory / f"{self._name}-{len(self._records):06d}.tar")
+        shard, key = self._shard, f"{self.num_samples:09d}"
+        shard.append(member_bytes(f"{key}.cls", b"%d" % label))
+        shard.append(member_bytes(f"{key}.id", identity.encode()))
+        shard.append(member_bytes(f"{key}.{_ending(payload)}", payload))
+        row = len(self._records), shard.size_bytes - padded(len(payload)), len(payload), label
+        shard.num_samples += 1
+        self.num_samples += 1
+        if shard.size_bytes >= self._shard_size_bytes:
+            self.close()
+        return row
+
+    @property
+    def shards(self) -> list[ShardRecord]:
+        """All of them; closed first."""
+        self.close()
+        return self._records
+
+    def close(self) -> None:
+        if self._shard is not None:
+            self._records.append(self._shard.finish())
+            self._shard = None
+
+
+class _NewShard:
+    """A tar that is being written, and its hash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size_bytes, self.num_samples = path, 0, 0
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by finish)
+        self._hash = hashlib.sha256()
+
+    def append(self, blocks: bytes) -> None:
+        self._file.write(blocks)
+        self._hash.update(blocks)
+        self.size_bytes += len(blocks)
+
+    def finish(self) -> ShardRecord:
+        self.append(END_OF_TAR)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return ShardRecord(
+            file=self.path.name,
+            size_bytes=self.size_bytes,
+            num_samples=self.num_samples,
+            sha256=self._hash.hexdigest(),
+        )
+
+
+# Removal
+
+
+@dataclass(frozen=True, eq=False)
+class Removed:
+    """What went: images, identities, shards written anew; ``others`` are files beside the data set that nobody looked into.
+
+    finished: what an earlier, killed removal had left was cleared away. unknown: asked for, and not there any more.
+    """
+
+    num_samples: int
+    identities: tuple[str, ...]
+    num_rewritten: int
+    others: tuple[str, ...]
+    finished: bool
+    unknown: tuple[str, ...]
+
+
+def remove(
+    directory: Path, identities: Sequence[str], images: Sequence[str], progress: Progress | None = None
+) -> Removed:
+    """Take identities, and images by name (as packed, IDENTITY/FILE, or as tar member), out of a data set, for good.
+
+    Shards that hold none of them are kept as they are. A new data set is built beside ``directory`` and takes its place
+    in one step of the file system; killed before, nothing has happened; killed after, only the old files are still to be
+    deleted, which the same command does. Sample numbers change; class numbers in .cls members do not.
+    Errors: DataError for what the data set does not have, and shards elsewhere; RunError when the file system refuses.
+    """
+    directory = directory.resolve()
+    count = progress or (lambda what, done, total: None)
+    new, old = _places_of(directory)
+    with _alone(directory):
+        finished = _recover(directory)
+        dataset = PackedDataset.open(directory)
+        if dataset.manifest.root is not None:
+            raise DataError(
+                f"{directory} has its shards at {dataset.manifest.root}, where other data sets may use them. Merge it into "
+                "one of its own (lce data merge), remove there, and remove the originals by hand"
+            )
+        is_gone, unknown = _asked(dataset, identities, images, count)
+        if unknown and not finished:
+            raise DataError(
+                f"{directory} has no {unknown[0]!r} ({len(unknown)} of {len(identities) + len(images)} are unknown); must be "
+                f"one of its {len(dataset.identities)} identity keys, or an image's name as packed or tar member. Nothing was "
+                "removed"
+            )
+        if not is_gone.any():
+            return Removed(0, (), 0, (), finished, unknown)
+        try:
+            removed = _build(dataset, is_gone, frozenset(identities), new, count)
+            PackedDataset.open(new)
+            _sync((*(place for place in new.iterdir() if place.is_file()), new))
+            _take_place(new, directory, old)
+            _sync((directory.parent,))
+            for place in (new, old):
+                if place.exists():
+                    shutil.rmtree(place)
+        except OSError as error:
+            raise RunError(
+                f"{directory} cannot be rewritten: {error}. Mend that and give the same command again; the data set is "
+                "whole, but until the command ends without an error what was to go may still be on the disk"
+            ) from None
+    return Removed(int(is_gone.sum()), *removed, finished, unknown)
+
+
+def _places_of(directory: Path) -> tuple[Path, Path]:
+    return directory.with_name(f".{directory.name}.removal"), directory.with_name(f".{directory.name}.removed")
+
+
+def _recover(directory: Path) -> bool:
+    """After a kill: either the new data set never took its place and goes, or it did and the old one goes."""
+    new, old = _places_of(directory)
+    if not directory.exists() and old.exists() and new.exists():
+        new.rename(directory)  # a file system that cannot exchange: the second of two renamings
+    found = [place for place in (new, old) if place.exists()]
+    for place in found:
+        shutil.rmtree(place)
+    return bool(found)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    try:
+        descriptor = os.open(directory.parent, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{directory.parent} cannot be read ({error.strerror}); name a packed data set") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another removal is at work in {directory.parent}; wait for it to end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _asked(
+    dataset: PackedDataset, identities: Sequence[str], images: Sequence[str], count: Progress
+) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
+    """(N,) which samples are to go, and what was asked for and is not there."""
+    label_of = {key: label for label, key in enumerate(dataset.identities)}
+    goes_C = np.zeros(len(label_of), dtype=bool)
+    for key in identities:
+        if key in label_of:
+            goes_C[label_of[key]] = True
+    is_gone: npt.NDArray[np.bool_] = goes_C[dataset.index["label"]]
+    missing = list(images)
+    if images and dataset.name_hash_N2 is not None:
+        missing = []
+        names = np.ascontiguousarray(dataset.name_hash_N2).view([("a", "<u8"), ("b", "<u8")]).ravel()
+        for image, row in zip(images, hash_keys(images), strict=True):
+            samples = np.flatnonzero((names["a"] == row[0]) & (names["b"] == row[1]))
+            if len(np.unique(dataset.index["label"][samples])) > 1:
+                raise DataError(
+                    f"{dataset.directory} has {len(samples)} images of several identities by the name {image!r}; name the tar "
+                    "members (000000123.jpg) instead. Nothing was removed"
+                )
+            is_gone[samples] = True
+            if not samples.size:
+                missing.append(image)
+    if missing:
+        missing = _by_member(dataset, missing, is_gone, count)
+    if is_gone.all():
+        raise DataError(f"nothing of {dataset.directory} would be left; delete the folder instead")
+    return is_gone, (*(key for key in identities if key not in label_of), *missing)
+
+
+def _by_member(
+    dataset: PackedDataset, names: Sequence[str], is_gone: npt.NDArray[np.bool_], count: Progress
+) -> list[str]:
+    """Mark the samples whose tar members are named, with or without ending; returns the names not found."""
+    left = set(names)
+    num_shards = len(dataset.manifest.shards)
+    for shard, samples in enumerate(samples_by_shard(dataset.index, num_shards)):
+        sample_at = dict(zip(dataset.index["offset"][samples].tolist(), samples.tolist(), strict=True))
+        for member in _members(dataset, shard):
+            hit = {member.name, member.sample} & set(names) if member.offset in sample_at else set()
+            if hit:
+                is_gone[sample_at[member.offset]] = True
+                left -= hit
+        count("looking for members", shard + 1, num_shards)
+    return sorted(left)
+
+
+def _members(dataset: PackedDataset, shard: int) -> Iterator[Member]:
+    path = dataset.shard_path(shard)
+    with _mapped(path) as tar:
+        try:
+            yield from read_members(tar)
+        except BrokenTarError as error:
+            raise DataError(f"shard {path} is no whole tar ({error}); restore it, or see lce data verify") from None
+
+
+def _build(
+    dataset: PackedDataset, is_gone: npt.NDArray[np.bool_], identities: frozenset[str], new: Path, count: Progress
+) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
+    """Write the data set without some samples into ``new``; what does not change is linked."""
+    new.mkdir()
+    labels = np.asarray(dataset.index["label"])
+    stays_C = np.bincount(labels[~is_gone], minlength=len(dataset.identities)) > 0
+    left = tuple(key for key, stays in zip(dataset.identities, stays_C, strict=True) if not stays)
+    new_label_C = np.cumsum(stays_C) - 1
+    index = np.array(dataset.index)
+    records: list[ShardRecord] = []
+    num_rewritten = 0
+    stale: set[str] = set()
+    num_shards = len(dataset.manifest.shards)
+    for shard, samples in enumerate(samples_by_shard(dataset.index, num_shards)):
+        record = dataset.manifest.shards[shard]
+        gone = is_gone[samples]
+        if not gone.any():
+            _link(dataset.shard_path(shard), new / record.file)
+            index["shard"][samples] = len(records)
+            records.append(record)
+        else:
+            stale.update((record.file, record.file.removesuffix(".tar") + ".idx"))
+            num_rewritten += 1
+            if not gone.all():
+                index["shard"][samples] = len(records)
+                records.append(_rewritten(dataset, shard, samples, gone, identities, new, index))
+        count("rewriting shards", shard + 1, num_shards)
+    index = index[~is_gone]
+    index["label"] = new_label_C[index["label"]]
+    names = dataset.name_hash_N2
+    kept = [key for key, stays in zip(dataset.identities, stays_C, strict=True) if stays]
+    if names is None:
+        names_N2 = hash_keys([f"{dataset.fingerprint}:{sample}" for sample in np.flatnonzero(~is_gone).tolist()])
+    else:
+        names_N2 = np.asarray(names[~is_gone])
+    others = _carry(dataset, new, stale)
+    new_sample = np.cumsum(~is_gone) - 1
+    listed = read_quarantine(dataset.directory, dataset.num_samples)
+    write_quarantine(
+        new,
+        [Quarantined(int(new_sample[one.sample]), one.key, one.reason) for one in listed if not is_gone[one.sample]],
+    )
+    write_description(new, dataset.manifest.name, records, index, kept, dataset.manifest.source, names_N2)
+    return left, num_rewritten, others
+
+
+def _rewritten(
+    dataset: PackedDataset,
+    shard: int,
+    samples: Int64Array,
+    gone: npt.NDArray[np.bool_],
+    identities: frozenset[str],
+    new: Path,
+    index: npt.NDArray[np.void],
+) -> ShardRecord:
+    """Copy the members of those who stay, byte for byte, into a shard of another name; ``index`` gets their new places.
+
+    Another name, so that a run that has the old index open stops instead of reading other people's bytes.
+    """
+    offsets = dataset.index["offset"][samples].tolist()
+    gone_at = {offset for offset, goes in zip(offsets, gone.tolist(), strict=True) if goes}
+    owners = {key.encode() for key in identities}
+    path = dataset.shard_path(shard)
+    with _mapped(path) as tar:
+        members = list(_members(dataset, shard))
+        groups_gone = {one.sample for one in members if one.offset in gone_at}
+        groups_gone |= {
+            one.sample for one in members if one.ending == "id" and tar[one.offset : one.offset + one.size] in owners
+        }
+        written = _NewShard(new / _next_name(dataset.manifest.shards[shard].file))
+        moved: dict[int, int] = {}
+        for one in members:
+            if one.sample not in groups_gone:
+                moved[one.offset] = written.size_bytes + one.offset - one.first_byte
+                written.append(tar[one.first_byte : one.end])
+    for sample, offset, goes in zip(samples.tolist(), offsets, gone.tolist(), strict=True):
+        if not goes:
+            if offset not in moved:
+                raise DataError(
+                    f"shard {path} has no member at byte {offset}, where sample {sample} should be; verify it"
+                )
+            index[sample]["offset"] = moved[offset]
+            written.num_samples += 1
+    return written.finish()
+
+
+def _next_name(file: str) -> str:
+    stem = file.removesuffix(".tar")
+    earlier = re.fullmatch(r"(.*)-r(\d+)", stem)
+    return f"{earlier[1]}-r{int(earlier[2]) + 1}.tar" if earlier else f"{stem}-r1.tar"
+
+
+def _carry(dataset: PackedDataset, new: Path, stale: set[str]) -> tuple[str, ...]:
+    """Files beside the data set that are not part of it come along as they are; their names are returned."""
+    own = {packed.MANIFEST_FILE, packed.INDEX_FILE, packed.IDENTITIES_FILE, packed.NAMES_FILE, packed.QUARANTINE_FILE}
+    own |= {record.file for record in dataset.manifest.shards} | stale
+    others = []
+    for place in sorted(dataset.directory.iterdir()):
+        if place.name in own or place.name.endswith(".partial"):
+            continue
+        if place.is_dir():
+            shutil.copytree(place, new / place.name, symlinks=True, copy_function=_link)
+        else:
+            _link(place, new / place.name)
+        others.append(place.name)
+    return tuple(others)
+
+
+def _link(source: Path | str, target: Path | str) -> None:
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK):
+            raise
+        shutil.copy2(source, target, follow_symlinks=False)  # a file system without links
+
+
+def _take_place(new: Path, directory: Path, old: Path) -> None:
+    """Exchange two folders in one step; where the file system cannot, in two, between which ``directory`` is missing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        at_cwd, exchange = -100, 2  # Linux: AT_FDCWD, RENAME_EXCHANGE
+        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(directory), exchange) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise OSError(number, os.strerror(number), str(directory))
+    directory.rename(old)
+    new.rename(directory)
+
+
+def _sync(places: Iterable[Path]) -> None:
+    """These files and folders are on the disk."""
+    for place in places:
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,268 @@
+"""Who sees what: the samples of the old model, of the new one, and of those who are held out from both, as lists in a folder.
+
+OUT/split.json       scenario, seed, of which data set, hashes of the lists; written last
+OUT/old.npy          samples (rows of the data set, rising) that the old model is trained on
+OUT/new.npy          the same for the new model
+OUT/heldout.npy      samples of people whom neither sees
+OUT/old.txt ...      their identity keys, one a line
+
+extended-data    the same people; the new model sees more images of each
+extended-class   the people of the old model are a part of those of the new one
+open-data        the same people, but no image twice
+open-class       other people
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lce_dist.errors import DataError
+from pipelines.manifest import IdentitySplit, PackedDataset, View, file_sha256, split_identities
+from pipelines.order import Int64Array, UInt64Array, derive_key, mix64
+
+Scenario = Literal["extended-data", "extended-class", "open-data", "open-class"]
+SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
+PARTS = ("old", "new", "heldout")
+SPLIT_FILE = "split.json"
+
+_FORMAT, _VERSION = "lce-dist-split", 1
+_BY_IMAGE = ("extended-data", "open-data")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PartRecord(_Record):
+    """One list: how much it holds and the hashes of its two files."""
+
+    num_samples: Annotated[int, Field(ge=1)]
+    num_identities: Annotated[int, Field(ge=1)]
+    samples_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    identities_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class SplitRecord(_Record):
+    """The contents of split.json. ``dataset``: fingerprint of the data set whose rows the lists name."""
+
+    format: str
+    version: int
+    scenario: Scenario
+    seed: int
+    fraction: float
+    heldout_identities: int
+    dataset: str
+    parts: dict[str, PartRecord]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Sample ids (rising) of what the old model, the new one, and neither sees."""
+
+    scenario: Scenario
+    seed: int
+    fraction: float
+    heldout_identities: int
+    old: Int64Array
+    new: Int64Array
+    heldout: Int64Array
+
+    def part(self, name: str) -> Int64Array:
+        return {"old": self.old, "new": self.new, "heldout": self.heldout}[name]
+
+
+def make_split(dataset: PackedDataset, scenario: Scenario, heldout: int, fraction: float, seed: int) -> Split:
+    """Draw a split; the same seed gives the same people and images wherever the samples lie in their shards.
+
+    heldout: people held out from both. fraction: of the other people (of each one's images for ``-data``) for the old model.
+    In open-data a person with one image goes to the new model; otherwise every person keeps one on each side.
+    Errors: DataError where a side would have fewer than 2 people. **Memory**: 60 bytes a sample.
+    """
+    if scenario not in SCENARIOS:
+        raise DataError(f"scenario {scenario!r} is unknown; must be one of {', '.join(SCENARIOS)}")
+    if not 0.0 < fraction < 1.0:
+        raise DataError(f"fraction is {fraction}; must be above 0 and below 1, so that old and new differ")
+    share = 1.0 if scenario in _BY_IMAGE else fraction
+    people = split_identities(dataset.identities, heldout, share, seed)
+    whose = _owners(dataset, people)
+    labels = np.asarray(dataset.index["label"])
+    owner_N = whose[labels]
+    owner_N[dataset.quarantined] = _NOBODY
+    held, trained = np.flatnonzero(owner_N == _HELDOUT), np.flatnonzero((owner_N == _TRAIN) | (owner_N == _OLD))
+    if scenario in _BY_IMAGE:
+        place, size = _places(dataset, trained, labels[trained], seed)
+        most = size - 1 if scenario == "open-data" else size
+        quota = np.minimum(np.maximum(1, np.rint(fraction * size)), most)
+        is_old = place < quota
+    else:
+        is_old = owner_N[trained] == _OLD
+    old = trained[is_old]
+    new = trained if scenario.startswith("extended") else trained[~is_old]
+    split = Split(scenario, seed, fraction, heldout, old, new, held)
+    for part in PARTS:
+        num = len(np.unique(labels[split.part(part)]))
+        if num < 2:
+            raise DataError(
+                f"{scenario} of {dataset.directory} leaves {num} identities for {part!r}; must be at least 2. "
+                f"Change --fraction ({fraction}) or --heldout ({heldout}), or bring more images"
+            )
+    return split
+
+
+def write_split(dataset: PackedDataset, split: Split, out: Path) -> Path:
+    """Write the lists into a new folder ``out``, whole or not at all; returns the path of split.json.
+
+    Errors: DataError where ``out`` exists.
+    """
+    if out.exists():
+        raise DataError(f"{out} exists; it is not written over. Choose another place, or remove it")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    parts = {}
+    for name in PARTS:
+        samples = split.part(name)
+        labels = np.unique(dataset.index["label"][samples])
+        np.save(partial / f"{name}.npy", samples, allow_pickle=False)
+        with open(partial / f"{name}.txt", "w", encoding="utf-8", newline="") as file:
+            file.writelines(f"{dataset.identities[int(label)]}\n" for label in labels)
+        parts[name] = PartRecord(
+            num_samples=len(samples),
+            num_identities=len(labels),
+            samples_sha256=file_sha256(partial / f"{name}.npy"),
+            identities_sha256=file_sha256(partial / f"{name}.txt"),
+        )
+    record = SplitRecord(
+        format=_FORMAT,
+        version=_VERSION,
+        scenario=split.scenario,
+        seed=split.seed,
+        fraction=split.fraction,
+        heldout_identities=split.heldout_identities,
+        dataset=dataset.fingerprint,
+        parts=parts,
+    )
+    with open(partial / SPLIT_FILE, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record.model_dump(), indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(out)
+    return out / SPLIT_FILE
+
+
+@dataclass(frozen=True, eq=False)
+class OpenSplit:
+    """A split of ``dataset`` that was found whole; ``fingerprint`` is 64 hex digits over all of it."""
+
+    record: SplitRecord
+    split: Split
+    identities: IdentitySplit
+    fingerprint: str
+
+
+def open_split(path: Path, dataset: PackedDataset) -> OpenSplit:
+    """Read and check what :func:`write_split` wrote.
+
+    Errors: DataError for a missing, damaged or edited file, and for a split of another data set.
+    """
+    if path.is_dir():
+        path = path / SPLIT_FILE
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"split {path} cannot be read ({error.strerror}); name the split.json of lce data split"
+        ) from None
+    try:
+        record = SplitRecord.model_validate(json.loads(text))
+    except (ValueError, ValidationError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DataError(f"split {path} is damaged ({reason}); make it anew with lce data split") from None
+    if (record.format, record.version) != (_FORMAT, _VERSION) or set(record.parts) != set(PARTS):
+        raise DataError(f"split {path} is of another version; make it anew with lce data split")
+    if record.dataset != dataset.fingerprint:
+        raise DataError(
+            f"split {path} is of another data set (fingerprint {record.dataset[:16]}; {dataset.directory} has "
+            f"{dataset.fingerprint[:16]}). Name its data set, or make the split anew: lce data split {dataset.directory} OUT "
+            f"--scenario {record.scenario} --seed {record.seed}"
+        )
+    samples: dict[str, Int64Array] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    for name in PARTS:
+        part = record.parts[name]
+        for file, expected in ((f"{name}.npy", part.samples_sha256), (f"{name}.txt", part.identities_sha256)):
+            place = path.parent / file
+            if not place.is_file() or file_sha256(place) != expected:
+                raise DataError(f"{place} is missing or changed since the split was made; make it anew")
+        samples[name] = np.load(path.parent / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        keys[name] = tuple((path.parent / f"{name}.txt").read_bytes().decode("utf-8").split("\n")[:-1])
+        ids = samples[name]
+        wrong = ids.dtype != np.int64 or ids.ndim != 1 or len(ids) != part.num_samples
+        if wrong or ids[0] < 0 or ids[-1] >= dataset.num_samples or not bool(np.all(ids[1:] > ids[:-1])):
+            raise DataError(f"{path.parent / name}.npy must hold rising rows of the data set; make the split anew")
+    split = Split(
+        record.scenario,
+        record.seed,
+        record.fraction,
+        record.heldout_identities,
+        samples["old"],
+        samples["new"],
+        samples["heldout"],
+    )
+    people = IdentitySplit(train=keys["new"], old=keys["old"], heldout=keys["heldout"])
+    return OpenSplit(record, split, people, hashlib.sha256(text).hexdigest())
+
+
+def select_samples(dataset: PackedDataset, sample_ids: Int64Array) -> View:
+    """Some samples (rising rows), without the quarantined ones, relabelled 0 .. C-1 in the sorted order of their keys.
+
+    Errors: DataError when none is left.
+    """
+    ids = np.asarray(sample_ids, dtype=np.int64)
+    if len(dataset.quarantined):
+        ids = ids[~np.isin(ids, dataset.quarantined, assume_unique=True)]
+    if not len(ids):
+        raise DataError(f"{dataset.directory}: no sample is left of a list; it is empty or all of it is in quarantine")
+    labels, places = np.unique(dataset.index["label"][ids], return_inverse=True)
+    keys = [dataset.identities[int(label)] for label in labels]
+    by_key = sorted(range(len(keys)), key=keys.__getitem__)
+    rank = np.empty(len(keys), dtype=np.int64)
+    rank[by_key] = np.arange(len(keys))
+    ordered = tuple(keys[place] for place in by_key)
+    digest = hashlib.sha256(f"{dataset.fingerprint}\nsamples {hashlib.sha256(ids.tobytes()).hexdigest()}".encode())
+    return View(dataset, ids, rank[places], ordered, digest.hexdigest())
+
+
+_NOBODY, _TRAIN, _OLD, _HELDOUT = range(4)
+
+
+def _owners(dataset: PackedDataset, people: IdentitySplit) -> npt.NDArray[np.int8]:
+    old, heldout = set(people.old), set(people.heldout)
+    of_key = (_HELDOUT if key in heldout else _OLD if key in old else _TRAIN for key in dataset.identities)
+    return np.fromiter(of_key, dtype=np.int8, count=len(dataset.identities))
+
+
+def _places(
+    dataset: PackedDataset, samples: Int64Array, labels: Int64Array, seed: int
+) -> tuple[Int64Array, Int64Array]:
+    """Place of each sample in its person's images by a seeded hash of its name, and how many that person has."""
+    names = dataset.name_hash_N2
+    halves: UInt64Array = samples.astype(np.uint64) if names is None else np.asarray(names[samples][:, 0])
+    chance = mix64(halves ^ np.uint64(derive_key(seed, *b"images")))
+    order = np.lexsort((samples, chance, labels))
+    starts = np.flatnonzero(np.concatenate(([True], np.diff(labels[order]) != 0)))
+    sizes = np.diff(np.append(starts, len(order)))
+    place, size = np.empty(len(order), dtype=np.int64), np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order)) - np.repeat(starts, sizes)
+    size[order] = np.repeat(sizes, sizes)
+    return place, size
