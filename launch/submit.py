@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from launch.train import TrainOptions
@@ -17,6 +18,21 @@ from lce_dist.config import Config
 from lce_dist.errors import Interrupted, LceError, RunError, SetupError
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
+_CODE = {
+    "working_dir": str(_CHECKOUT),
+    "excludes": [
+        "/.venv",
+        "/.git",
+        "/.mypy_cache",
+        "/.ruff_cache",
+        "/.hypothesis",
+        "/runs",
+        "/data",
+        "/docs",
+        "/benchmarks",
+        "/tests",
+    ],
+}
 
 
 def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> None:
@@ -25,19 +41,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
     The submission id is made from what is asked for, so asking twice attaches to the job that runs.
     The run directory must be storage that every node sees under the same path.
     """
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it packs
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        raise SetupError("RAY_ADDRESS is not set; --target ray needs it, for example RAY_ADDRESS=http://HEAD:8265")
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SetupError(
-            f"Ray cluster {address} takes no jobs: {_first_line(error)}. Check RAY_ADDRESS and RAY_AUTH_TOKEN"
-        ) from None
-
+    client = _client()
     config_text = json.dumps(config.with_absolute_places().model_dump(mode="json"))
     arguments = ["--nodes", str(options.nodes), "--workers-per-node", str(options.workers_per_node)]
     arguments += ["--with-independent"] * options.with_independent + ["--fresh"] * options.fresh
@@ -49,19 +53,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
             entrypoint=entrypoint,
             submission_id=job_id,
             runtime_env={
-                "working_dir": str(_CHECKOUT),
-                "excludes": [
-                    "/.venv",
-                    "/.git",
-                    "/.mypy_cache",
-                    "/.ruff_cache",
-                    "/.hypothesis",
-                    "/runs",
-                    "/data",
-                    "/docs",
-                    "/benchmarks",
-                    "/tests",
-                ],
+                **_CODE,
                 "env_vars": {"LCE_CONFIG_JSON": config_text, "COLUMNS": "120", **_tracking_server()},
             },
             metadata={"run": config.run.name, "config": config_path.name},
@@ -69,7 +61,29 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
     else:
         job_id = f"lce-{config.run.name}-{content}"
         print(f"{job_id} is running already; following it")
-    print(f"job {job_id} on {address}")
+    print(f"job {job_id} on {os.environ['RAY_ADDRESS']}")
+    _follow_to_end(client, job_id)
+
+
+def _client():  # type: ignore[no-untyped-def]
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it packs
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        raise SetupError("RAY_ADDRESS is not set; --target ray needs it, for example RAY_ADDRESS=http://HEAD:8265")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise SetupError(
+            f"Ray cluster {address} takes no jobs: {_first_line(error)}. Check RAY_ADDRESS and RAY_AUTH_TOKEN"
+        ) from None
+
+
+def _follow_to_end(client, job_id: str) -> None:  # type: ignore[no-untyped-def]
+    """Print the job's log until it ends; fails as it failed."""
+    from ray.job_submission import JobStatus
+
     info = client.get_job_info(job_id)
     try:
         while not info.status.is_terminal():
@@ -77,11 +91,61 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
                 asyncio.run(_follow(client, job_id))
             info = client.get_job_info(job_id)
     except KeyboardInterrupt:
-        raise Interrupted(f"job {job_id} runs on; the same command follows it, ray job stop {job_id} ends it") from None
+        raise Interrupted(f"job {job_id} runs on; the same command follows it, lce stop ends it") from None
     if info.status != JobStatus.SUCCEEDED:
         failure: LceError = RunError(f"job {job_id} ended as {info.status}: {_first_line(info.message or '')}")
         failure.exit_code = info.driver_exit_code or 1
         raise failure
+
+
+@dataclass(frozen=True)
+class JobLine:
+    """A job of ours on the cluster: of which run, and Ray's word for its state."""
+
+    job_id: str
+    run: str
+    state: str
+    message: str
+
+
+def jobs_of(run: str | None) -> list[JobLine]:
+    """Jobs of a run (or of all) on RAY_ADDRESS, oldest first. Errors: SetupError."""
+    found = [
+        (job.start_time or 0, JobLine(job.submission_id, name, str(job.status), _first_line(job.message or "")))
+        for job in _client().list_jobs()
+        if job.submission_id is not None and (name := (job.metadata or {}).get("run")) is not None
+    ]
+    return [line for _, line in sorted(found, key=lambda pair: pair[0]) if run in (None, line.run)]
+
+
+def job_logs(job_id: str, follow: bool) -> None:
+    """Print the job's log; ``follow``: to its end, failing as it failed."""
+    client = _client()
+    if follow:
+        _follow_to_end(client, job_id)
+    else:
+        sys.stdout.write(client.get_job_logs(job_id))
+
+
+def stop_job(job_id: str) -> None:
+    """Ask the job to end, as Ctrl-C does; returns at once."""
+    _client().stop_job(job_id)
+
+
+def resume_job(job_id: str) -> None:
+    """Submit an ended job again as it was, and follow it: it goes on from its last checkpoint."""
+    client = _client()
+    info = client.get_job_info(job_id)
+    if not info.status.is_terminal():
+        raise RunError(f"job {job_id} is {info.status}; lce logs --follow shows what it does")
+    client.delete_job(job_id)
+    client.submit_job(
+        entrypoint=info.entrypoint,
+        submission_id=job_id,
+        runtime_env={**(info.runtime_env or {}), **_CODE},
+        metadata=info.metadata,
+    )
+    _follow_to_end(client, job_id)
 
 
 def _free_id(client, wanted: str) -> str | None:  # type: ignore[no-untyped-def]

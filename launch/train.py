@@ -21,8 +21,9 @@ from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
 from launch.report import VERSION, open_report, pairs_table, read_report, result_table
 from launch.run_tracking import RunTracking, draw_curves
+from launch.runs import write_launch
 from lce_dist.config import Config
-from lce_dist.errors import ConfigError, Interrupted, SetupError
+from lce_dist.errors import ConfigError, Interrupted, LceError, SetupError
 from lce_dist.spool import Spool
 from lce_dist.tracking import Tracker
 
@@ -74,8 +75,10 @@ def _run(
 ) -> None:
     """Train what is left, judge, and tell MLflow; of a finished run only what MLflow has not heard yet."""
     (run_dir / _TOLD).unlink(missing_ok=True)
+    (run_dir / "failure.log").unlink(missing_ok=True)
     tracking = RunTracking(Tracker(config.tracking, run_dir, config.run.name, run_dir.parent), run_dir)
     status = "FAILED"
+    write_launch(run_dir, config, options.nodes, options.workers_per_node, options.with_independent)
     try:
         tracking.open(config, prepared, options.nodes, options.nodes * options.workers_per_node)
         if not finished:
@@ -100,6 +103,10 @@ def _run(
         status = "FINISHED"
     except (Interrupted, KeyboardInterrupt):
         status = "KILLED"
+        raise
+    except LceError as error:
+        if not (run_dir / "failure.log").exists():
+            (run_dir / "failure.log").write_text(f"{error}\n")
         raise
     finally:
         if tracking.close(status):

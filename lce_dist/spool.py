@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ class Spool:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._lock_fd = _lock(path.with_name(path.name + ".lock"), path)
+        self._lock_fd = _lock(_lock_path(path), path)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         self._mutex = threading.Lock()
         self._closed = False
@@ -118,6 +119,25 @@ def write_cursor(path: Path, state: dict[str, Any]) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def holder(spool: Path) -> int | None:
+    """The process that writes to the spool on this machine; None when there is none. Nothing is created."""
+    try:
+        fd = os.open(_lock_path(spool), os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        # F_GETLK: who holds it, without taking it; pid 0 is a process that is not seen from here
+        asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    finally:
+        os.close(fd)
+    return None if kind == fcntl.F_UNLCK else int(pid)
+
+
+def _lock_path(spool: Path) -> Path:
+    return spool.with_name(spool.name + ".lock")
 
 
 def _parse(line: bytes) -> dict[str, Any]:

@@ -56,6 +56,14 @@ def test_submit_follow_and_finish(workplace: Workplace, cluster: dict[str, str])
     assert workplace.report("submitted")["num_ranks"] == 2
     code, output = workplace.run(*arguments, **cluster)
     assert code == 0 and "finished before" in output
+    code, output = workplace.run("status", "submitted", **cluster)
+    assert code == 0 and output.startswith("submitted: SUCCEEDED, lce-submitted-"), output
+    code, output = workplace.run("logs", "submitted", **cluster)
+    assert code == 0 and "finished before" in output
+    code, output = workplace.run("resume", "submitted", **cluster)
+    assert code == 0 and "finished before" in output, output
+    code, output = workplace.run("status", "submitted", "--target", "local", **cluster)
+    assert code == 0 and output.startswith("submitted: finished, "), output
 
 
 def test_too_few_nodes_is_an_error_with_its_exit_code(workplace: Workplace, cluster: dict[str, str]) -> None:

@@ -1,0 +1,183 @@
+"""``lce status | logs | stop | resume`` over directories with real drivers, and a kubectl that writes down what it is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.runs import find_run, read_launch, runs_below, status_of, stop_run, write_launch
+from lce_dist.config import load_config
+from lce_dist.errors import ConfigError, RunError
+from lce_dist.spool import Spool, holder
+
+QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.toml"
+_DRIVER = """
+import signal, sys, time
+from pathlib import Path
+from lce_dist.spool import Spool
+spool = Spool(Path(sys.argv[1]) / "tracking.jsonl")
+spool.append({"kind": "metrics", "key": "new", "step": 30, "metrics": {"loss/total": 4.25, "speed/images_per_s": 700.0}})
+spool.append({"kind": "metrics", "key": "parent", "step": 9, "metrics": {"system/cpu": 3.0}})
+if sys.argv[2] == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def run_at(root: Path, name: str) -> Path:
+    run_dir = root / name
+    (run_dir / "new" / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (run_dir / "new" / "checkpoints" / "step-00000030.partial").mkdir()
+    (run_dir / "config.json").write_text("{}")
+    return run_dir
+
+
+@pytest.fixture
+def drivers() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def start(drivers: list[subprocess.Popen[str]], run_dir: Path, kind: str = "hears") -> int:
+    words = [sys.executable, "-c", _DRIVER, str(run_dir), kind]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    drivers.append(process)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process.pid
+
+
+def test_a_run_is_followed_through_its_states(
+    tmp_path: Path, drivers: list[subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_at(tmp_path, "one")
+    assert status_of(run_dir).line() == "interrupted, checkpoints: new step-00000020"
+    assert holder(run_dir / "tracking.jsonl") is None and not (run_dir / "tracking.jsonl.lock").exists()
+    pid = start(drivers, run_dir)
+    status = status_of(run_dir)
+    assert (status.state, status.pid, status.stage, status.step) == ("running", pid, "new", 30)
+    assert status.line() == f"running (pid {pid}), new, step 30, loss 4.25, images/s 700"
+    with pytest.raises(RunError, match="written by another process"):
+        Spool(run_dir / "tracking.jsonl")
+
+    assert main(["stop", "one", "--run-dir", str(tmp_path)]) == 0
+    assert drivers[0].wait(5) == -signal.SIGTERM
+    assert "has ended; lce resume" in capsys.readouterr().out
+    assert main(["stop", "one", "--run-dir", str(tmp_path)]) == 1
+    assert "has no driver at work" in capsys.readouterr().err
+    with (run_dir / "tracking.jsonl").open("a") as file:
+        file.write('{"kind": "metrics", "key": "new", "step": 40, "metr')  # cut off by a crash
+    assert status_of(run_dir).step == 30
+
+    (run_dir / "failure.log").write_text("disk full\n")
+    assert main(["logs", "one", "--run-dir", str(tmp_path), "--follow"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "failed, new, step 30, loss 4.25, images/s 700, checkpoints: new step-00000020\ndisk full\n"
+    )
+    (run_dir / "report.json").write_text("{}")
+    for verdict, words in (
+        (None, "not judged"),
+        ({"passed": False}, "do not ship"),
+        ({"passed": True}, "safe to ship"),
+    ):
+        if verdict is not None:
+            (run_dir / "gate.json").write_text(json.dumps(verdict))
+        assert status_of(run_dir).line() == f"finished, {words}"
+    run_at(tmp_path, "another")
+    assert [path.name for path in runs_below(tmp_path)] == ["another", "one"]
+    assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0
+    assert [one["state"] for one in json.loads(capsys.readouterr().out)] == ["interrupted", "finished"]
+    with pytest.raises(ConfigError, match=r"nobody is no run.*Runs of .*: another, one"):
+        find_run(Path("nobody"), tmp_path)
+
+
+def test_a_driver_that_does_not_end_is_told_of(tmp_path: Path, drivers: list[subprocess.Popen[str]]) -> None:
+    run_dir = run_at(tmp_path, "one")
+    pid = start(drivers, run_dir, "deaf")
+    started = time.monotonic()
+    with pytest.raises(RunError, match=rf"pid {pid}\) still works 0 s after SIGTERM"):
+        stop_run(run_dir, 0.4)
+    assert time.monotonic() - started < 5.0
+
+
+def test_what_resume_needs_survives_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(QUICKSTART, ["run.name=one", "data.synthetic=none", 'data.images="photos"'])
+    run_dir = run_at(tmp_path / "runs", "one")
+    write_launch(run_dir, config, 2, 3, True)
+    monkeypatch.chdir("/")
+    again, asked = read_launch(run_dir)
+    assert asked == {"nodes": 2, "workers_per_node": 3, "with_independent": True}
+    assert again.data.images == str(tmp_path / "photos") and again.run.dir == str(tmp_path / "runs")
+    assert again.fingerprint() == config.fingerprint()
+    (run_dir / "launch.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"launch\.json is absent or damaged"):
+        read_launch(run_dir)
+
+
+_KUBECTL = """#!/bin/sh
+# Stands for a cluster: answers from a file, writes down what it is asked.
+printf '%s\\n' "$*" >> "{folder}/calls"
+if [ "$1" = get ] && [ "$3" != --namespace ]; then exec cat "{folder}/job"; fi
+if [ "$1" = get ]; then exec cat "{folder}/list"; fi
+if [ "$1" = create ]; then cat > "{folder}/created"; fi
+if [ "$1" = logs ]; then echo "a line of the log"; fi
+"""
+
+
+def ray_job(name: str, run: str, made: str, state: str, **spec: object) -> dict[str, object]:
+    entrypoint = f"python -m launch.cli job --config /etc/lce/config.toml --nodes 2 --name {run} --run-dir /runs"
+    return {
+        "metadata": {"name": name, "namespace": "team", "creationTimestamp": made, "uid": "1", "resourceVersion": "7"},
+        "spec": {"entrypoint": entrypoint, **spec},
+        "status": {"jobDeploymentStatus": state, "message": "first\nlast."},
+    }
+
+
+def test_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(_KUBECTL.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    jobs = [
+        ray_job("one-new", "one", "2026-02-01T00:00:00Z", "Failed"),
+        ray_job("one-old", "one", "2026-01-01T00:00:00Z", "Complete"),
+        ray_job("two-a", "two", "2026-01-01T00:00:00Z", "Running"),
+        {"metadata": {"name": "foreign"}, "spec": {"entrypoint": "python train.py"}, "status": {}},
+    ]
+    (tmp_path / "list").write_text(json.dumps({"items": jobs}))
+    (tmp_path / "job").write_text(json.dumps(jobs[0]))
+    there = ("--target", "k8s", "--namespace", "team")
+    assert main(["status", *there]) == 0
+    told = capfd.readouterr().out.splitlines()
+    assert told == ["one: Complete, one-old, last", "two: Running, two-a, last", "one: Failed, one-new, last"]
+    assert main(["logs", "one", *there]) == 0
+    assert capfd.readouterr().out == "a line of the log\n"
+    assert main(["stop", "two", *there]) == 0
+    assert main(["resume", "one", *there]) == 0
+    made = json.loads((tmp_path / "created").read_text())
+    assert made["metadata"] == {"name": "one-new", "namespace": "team"} and "status" not in made
+    (tmp_path / "job").write_text(json.dumps(ray_job("two-a", "two", "", "Suspended", suspend=True)))
+    assert main(["resume", "two", *there]) == 0
+    (tmp_path / "job").write_text(json.dumps(jobs[2]))
+    capfd.readouterr()
+    assert main(["resume", "two", *there]) == 1
+    assert "RayJob team/two-a is Running" in capfd.readouterr().err
+    assert main(["logs", "three", *there]) == 2
+    calls = (tmp_path / "calls").read_text()
+    assert 'patch rayjobs.ray.io two-a --namespace team --type merge --patch {"spec": {"suspend": true}}' in calls
+    assert '{"spec": {"suspend": false}}' in calls
+    assert "delete rayjobs.ray.io one-new --namespace team --wait\ncreate --filename -" in calls
