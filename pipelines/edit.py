@@ -528,17 +528,26 @@ def _link(source: Path | str, target: Path | str) -> None:
 
 
 def _take_place(new: Path, directory: Path, old: Path) -> None:
-    """Exchange two folders in one step; where the file system cannot, in two, between which ``directory`` is missing."""
+    """Put ``new`` where ``directory`` is, and that at ``old``; where folders cannot be exchanged it is missing for a moment."""
+    if _exchange(new, directory):
+        new.rename(old)
+    else:
+        directory.rename(old)
+        new.rename(directory)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Two folders change names in one step; False where system or file system cannot. **Source**: renameat2(2)."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        at_cwd, exchange = -100, 2  # Linux: AT_FDCWD, RENAME_EXCHANGE
-        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(directory), exchange) == 0:
-            return
-        number = ctypes.get_errno()
-        if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise OSError(number, os.strerror(number), str(directory))
-    directory.rename(old)
-    new.rename(directory)
+    if not hasattr(libc, "renameat2"):
+        return False
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(number, os.strerror(number), str(other))
+    return False
 
 
 def _sync(places: Iterable[Path]) -> None:
