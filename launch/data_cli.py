@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.edit_cli import add_edit_commands
+from launch.import_cli import add_import_commands
 from lce_dist.config import SyntheticConfig
 from lce_dist.errors import ConfigError
 
@@ -56,6 +57,7 @@ def add_data_commands(commands: argparse._SubParsersAction[argparse.ArgumentPars
     show.add_argument("--tile", type=int, default=96, help="pixels of one photo on the sheet")
     show.set_defaults(run=_show)
     add_edit_commands(data)
+    add_import_commands(data)
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -294,8 +294,11 @@ def write_description(
     identities: Sequence[str],
     source: str,
     name_hash_N2: npt.NDArray[np.uint64],
+    root: str | None = None,
 ) -> Manifest:
-    """Write index, identities, names and, last and atomically, the manifest of shards that already lie in ``directory``."""
+    """Write index, identities, names and, last and atomically, the manifest of shards that already lie in ``directory``,
+    or in ``root``.
+    """
     np.save(directory / INDEX_FILE, index, allow_pickle=False)
     np.save(directory / NAMES_FILE, name_hash_N2, allow_pickle=False)
     (directory / IDENTITIES_FILE).write_text("".join(f"{key}\n" for key in identities), encoding="utf-8", newline="")
@@ -309,6 +312,7 @@ def write_description(
         index_sha256=file_sha256(directory / INDEX_FILE),
         identities_sha256=file_sha256(directory / IDENTITIES_FILE),
         names_sha256=file_sha256(directory / NAMES_FILE),
+        root=root,
         source=source,
         fingerprint="0" * 64,
     )

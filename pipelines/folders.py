@@ -1,0 +1,261 @@
+"""Folders and .zip archives of images, a sub-folder an identity, as sources to import."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from lce_dist.errors import DataError
+from pipelines.images import MAX_IMAGE_BYTES
+from pipelines.importable import OpenFiles, Texts, digest, file_stamp, label_texts
+from pipelines.order import Int64Array
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+
+_LOCAL_HEADER_BYTES, _LOCAL_HEADER_MAGIC = 30, b"PK\x03\x04"
+_ENCRYPTED = 1
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A folder or an archive, seen as relative posix paths of images and of folders."""
+
+    images: tuple[str, ...]
+    folders: tuple[str, ...]
+    stamps: tuple[tuple[str, int, int], ...]
+    read: Callable[[str], bytes]
+    members: dict[str, zipfile.ZipInfo] | None = None
+
+
+@contextlib.contextmanager
+def open_tree(source: Path) -> Iterator[Tree]:
+    if source.is_dir():
+        yield _folder_tree(source)
+    elif not source.exists():
+        raise DataError(f"image source {source} does not exist; name a folder or a .zip with a sub-folder per identity")
+    else:
+        try:
+            archive = zipfile.ZipFile(source)
+        except zipfile.BadZipFile as error:
+            raise DataError(f"image source {source} is no folder and no .zip archive ({error})") from None
+        with archive:
+            yield _zip_tree(source, archive)
+
+
+def _folder_tree(source: Path) -> Tree:
+    stamps: list[tuple[str, int, int]] = []
+    folders: list[str] = []
+    seen = set()
+    for directory, subdirectories, files in os.walk(source, followlinks=True):
+        place = Path(directory).resolve()
+        if place in seen:
+            raise DataError(f"folder {directory} is a link back to a folder already read; remove it")
+        seen.add(place)
+        subdirectories[:] = sorted(entry for entry in subdirectories if not _is_hidden(entry))
+        folder = Path(directory).relative_to(source).as_posix()
+        folders.append(folder)
+        for file in sorted(files):
+            if _is_image(file):
+                try:
+                    status = (Path(directory) / file).stat()
+                except OSError as error:
+                    raise DataError(f"image {directory}/{file} cannot be read ({error.strerror}); remove it") from None
+                path = file if folder == "." else f"{folder}/{file}"
+                stamps.append((path, status.st_size, status.st_mtime_ns))
+
+    def read(path: str) -> bytes:
+        with open(source / path, "rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+
+    return Tree(tuple(path for path, _, _ in stamps), tuple(folders), tuple(stamps), read)
+
+
+def _zip_tree(source: Path, archive: zipfile.ZipFile) -> Tree:
+    stamps: list[tuple[str, int, int]] = []
+    folders = {"."}
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        place = PurePosixPath(member.filename)
+        if place.is_absolute() or ".." in place.parts or "\\" in member.filename:
+            raise DataError(f"archive {source} has a member {member.filename!r} that leaves its folder; do not use it")
+        if any(_is_hidden(part) for part in place.parts):
+            continue
+        folder = place if member.is_dir() else place.parent
+        folders.update(part.as_posix() for part in (folder, *folder.parents))
+        if member.is_dir() or not _is_image(place.name) or stat.S_ISLNK(member.external_attr >> 16):
+            continue
+        if place.as_posix() in members:
+            raise DataError(f"archive {source} holds {member.filename!r} twice; make it anew")
+        if member.file_size > MAX_IMAGE_BYTES:
+            raise DataError(
+                f"image {source}/{place} is {member.file_size} bytes; must be at most {MAX_IMAGE_BYTES}. Remove it"
+            )
+        members[place.as_posix()] = member
+        stamps.append((place.as_posix(), member.file_size, member.CRC))
+
+    def read(path: str) -> bytes:
+        try:
+            with archive.open(members[path]) as file:
+                return file.read(MAX_IMAGE_BYTES + 1)
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+            raise DataError(f"archive {source} cannot give {path} ({error}); make it anew") from None
+
+    return Tree(tuple(members), tuple(sorted(folders)), tuple(sorted(stamps)), read, members)
+
+
+def images_by_identity(source: Path, tree: Tree) -> list[tuple[str, str]]:
+    """(identity key, path) of every image, sorted; a folder without images, below it or in it, is an error."""
+    filled = {"."}
+    for path in tree.images:
+        folder = PurePosixPath(path).parent
+        filled.update(part.as_posix() for part in (folder, *folder.parents))
+    if not tree.images:
+        raise DataError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}); put each identity's in a sub-folder")
+    for path in tree.images:
+        if "/" not in path:
+            raise DataError(f"image {source}/{path} lies in no sub-folder; its folder names the identity. Move it")
+    for empty in tree.folders:
+        if empty not in filled:
+            raise DataError(f"folder {source}/{empty} holds no images (an empty class); fill or remove it")
+    return sorted((PurePosixPath(path).parent.as_posix(), path) for path in tree.images)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    """What file managers leave behind: .DS_Store, ._photo.jpg, __MACOSX, .git."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+@dataclass(frozen=True, eq=False)
+class FileSource:
+    """Image files below a folder: paths (N,) relative to ``root``, which are their names."""
+
+    kind: str
+    stamp: str
+    identities: Texts
+    label_N: Int64Array
+    bytes_N: Int64Array
+    root: str
+    paths: Texts
+    group_N: None = None
+    in_order: bool = False
+
+    def expect(self, numbers: Int64Array) -> None:
+        pass
+
+    def read(self, number: int) -> bytes:
+        path = self.paths[number]
+        try:
+            with open(f"{self.root}/{path}", "rb", buffering=0) as file:
+                payload = file.read(int(self.bytes_N[number]) + 1)
+                # a raw file may give less than it has; what grew since it was listed is still read whole
+                while len(payload) < MAX_IMAGE_BYTES and (more := file.read(1 << 20)):
+                    payload += more
+                return payload
+        except OSError as error:
+            raise DataError(f"image {self.root}/{path} cannot be read ({error.strerror}); remove it") from None
+
+    def name(self, number: int) -> str:
+        return self.paths[number]
+
+    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class ZipSource:
+    """Members of a .zip archive, read by their place in it: header_N (offsets), stored_N (bytes there), crc_N, is_packed_N."""
+
+    stamp: str
+    identities: Texts
+    label_N: Int64Array
+    bytes_N: Int64Array
+    archive: str
+    paths: Texts
+    header_N: Int64Array
+    stored_N: Int64Array
+    crc_N: npt.NDArray[np.uint32]
+    is_packed_N: npt.NDArray[np.bool_]
+    kind: str = "zip"
+    group_N: None = None
+    in_order: bool = False
+    files: OpenFiles = field(default_factory=OpenFiles)
+
+    def expect(self, numbers: Int64Array) -> None:
+        pass
+
+    def read(self, number: int) -> bytes:
+        offset, stored = int(self.header_N[number]), int(self.stored_N[number])
+        header = self.files.read(self.archive, _LOCAL_HEADER_BYTES, offset)
+        if len(header) < _LOCAL_HEADER_BYTES or not header.startswith(_LOCAL_HEADER_MAGIC):
+            raise self._damaged(number, "no member begins where its list says")
+        name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
+        payload = self.files.read(self.archive, stored, offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes)
+        if len(payload) != stored:
+            raise self._damaged(number, "it ends too early")
+        if self.is_packed_N[number]:
+            try:
+                payload = zlib.decompressobj(-15).decompress(payload, MAX_IMAGE_BYTES + 1)
+            except zlib.error as error:
+                raise self._damaged(number, str(error)) from None
+        if len(payload) != self.bytes_N[number] or zlib.crc32(payload) != self.crc_N[number]:
+            raise self._damaged(number, "its checksum differs")
+        return payload
+
+    def name(self, number: int) -> str:
+        return self.paths[number]
+
+    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+        return {}
+
+    def _damaged(self, number: int, why: str) -> DataError:
+        return DataError(f"archive {self.archive} cannot give {self.paths[number]} ({why}); make it anew")
+
+
+def open_folder(source: Path) -> FileSource | ZipSource:
+    """A folder, or a .zip of one, in which every folder that holds images is an identity; its relative path is the key.
+
+    Errors: DataError naming the file, the rule and the fix.
+    """
+    with open_tree(source) as tree:
+        listed = images_by_identity(source, tree)
+        paths = Texts.of(path for _, path in listed)
+        identities, label_N = label_texts([key for key, _ in listed])
+        stamps = {path: (size, stamp) for path, size, stamp in tree.stamps}
+        size_N = np.array([stamps[path][0] for _, path in listed], dtype=np.int64)
+        time_N = np.array([stamps[path][1] for _, path in listed], dtype=np.int64)
+        if tree.members is None:
+            stamp = digest("folder", paths.blob_B, paths.end_N, size_N, time_N)
+            return FileSource("folder", stamp, identities, label_N, size_N, str(source), paths)
+        members = [tree.members[path] for _, path in listed]
+        for member in members:
+            if member.flag_bits & _ENCRYPTED or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DataError(
+                    f"archive {source}: {member.filename} is encrypted or packed by method {member.compress_type}; must be "
+                    "stored or deflated. Make it anew"
+                )
+        return ZipSource(
+            digest("zip", paths.blob_B, paths.end_N, size_N, time_N, file_stamp(source)),
+            identities,
+            label_N,
+            size_N,
+            str(source),
+            paths,
+            np.array([member.header_offset for member in members], dtype=np.int64),
+            np.array([member.compress_size for member in members], dtype=np.int64),
+            np.array([member.CRC for member in members], dtype=np.uint32),
+            np.array([member.compress_type == zipfile.ZIP_DEFLATED for member in members]),
+        )

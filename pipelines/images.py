@@ -1,0 +1,135 @@
+"""One image file on its way into a shard: let through as it is, or made a grey or RGB JPEG."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lce_dist.errors import DataError
+
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_IMAGE_PIXELS = 64 * 2**20
+JPEG_QUALITY = 95  # of images that arrive in another format
+
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_OTHER_FRAMES = tuple(code for code in range(0xC3, 0xD0) if code not in (0xC4, 0xC8, 0xCC))
+_STAND_ALONE = (0x01, *range(0xD0, 0xD9))
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """What happens to images: shorter side brought down to ``size``, encoded at ``quality``, decoded to be sure."""
+
+    size: int | None = None
+    quality: int | None = None
+    decode: bool = True
+
+    def apply(self, payload: bytes, origin: str) -> bytes:
+        """The bytes for the shard. Errors: DataError naming ``origin``."""
+        if not self.decode and self.size is None and self.quality is None and is_plain_jpeg(payload):
+            return payload
+        return as_jpeg(payload, origin, self.size, self.quality)
+
+
+def as_jpeg(payload: bytes, origin: str, size: int | None = None, quality: int | None = None) -> bytes:
+    """Decode an image fully; return its bytes if it is a grey or RGB JPEG, else an RGB JPEG of its first frame.
+
+    Transparent parts become white; 16-bit greys keep their upper 8 bits. With ``size``, what has a longer shorter side
+    is scaled down to it; with ``quality`` (1 to 100) everything is encoded anew, upright where EXIF turns it.
+    Errors: DataError naming ``origin`` when the image cannot be decoded or is too large.
+    """
+    with _opened(payload, origin) as image:
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        factor = 1.0 if size is None else min(1.0, size / min(image.size))
+        if plain and factor == 1.0 and quality is None:
+            _decode_all(image, payload)
+            return payload
+        image.load()
+        pixels = ImageOps.exif_transpose(image) if plain else _to_rgb(image)
+        if factor < 1.0:
+            width, height = (max(1, round(side * factor)) for side in pixels.size)
+            pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+        encoded = io.BytesIO()
+        pixels.save(encoded, "JPEG", quality=quality or JPEG_QUALITY, subsampling=0)
+        return encoded.getvalue()
+
+
+def check_decodes(payload: bytes, origin: str) -> None:
+    """Errors: DataError naming ``origin`` when the image cannot be decoded or is too large."""
+    with _opened(payload, origin) as image:
+        if image.format == "JPEG" and image.mode in ("RGB", "L"):
+            _decode_all(image, payload)
+        else:
+            image.load()
+
+
+def is_plain_jpeg(payload: bytes) -> bool:
+    """Whether the headers are those of an 8-bit grey or three-channel JPEG within our limits; nothing is decoded."""
+    if not payload.startswith(b"\xff\xd8") or len(payload) > MAX_IMAGE_BYTES:
+        return False
+    at = 2
+    while at + 10 <= len(payload) and payload[at] == 0xFF:
+        marker = payload[at + 1]
+        if marker == 0xFF:  # fill bytes may stand before a marker
+            at += 1
+        elif marker in _PLAIN_FRAMES:
+            bits, height, width, channels = struct.unpack_from(">BHHB", payload, at + 4)
+            return bits == 8 and channels in (1, 3) and 0 < width * height <= MAX_IMAGE_PIXELS
+        elif marker in _OTHER_FRAMES or marker in (0x00, 0xD9, 0xDA):
+            return False
+        else:
+            at += 2 if marker in _STAND_ALONE else 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
+    return False
+
+
+@contextlib.contextmanager
+def _opened(payload: bytes, origin: str) -> Iterator[Image.Image]:
+    """An image within our limits; whatever goes wrong with it becomes a DataError that names it."""
+    if len(payload) > MAX_IMAGE_BYTES:
+        raise DataError(
+            f"image {origin} is {len(payload)} bytes; must be at most {MAX_IMAGE_BYTES}. Scale it down or remove it"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            with Image.open(io.BytesIO(payload)) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise DataError(
+                        f"image {origin} is {image.width} x {image.height} pixels; must be at most "
+                        f"{MAX_IMAGE_PIXELS} in all. Scale it down or remove it"
+                    )
+                yield image
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 (Pillow raises whatever its decoders meet first)
+        reason = str(error).split("\n", 1)[0].split(" <_io", 1)[0] or type(error).__name__
+        raise DataError(f"image {origin} cannot be decoded ({reason}); replace or remove it") from None
+
+
+def _decode_all(image: Image.Image, payload: bytes) -> None:
+    """Read every coded block of a JPEG, but compute only one grey pixel of each 8 x 8: half the time, the same verdict."""
+    image.draft("L", (1, 1))
+    try:
+        image.load()
+    except Exception:  # noqa: BLE001 (whatever it is, the full decoder decides)
+        with Image.open(io.BytesIO(payload)) as whole:
+            whole.load()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
+        upper_bits = np.asarray(upright).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(upper_bits.astype(np.uint8)).convert("RGB")
+    if upright.has_transparency_data:
+        layer = upright.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return upright.convert("RGB")

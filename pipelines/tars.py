@@ -1,0 +1,411 @@
+"""Existing WebDataset tars, indexed where they lie: nothing is copied, and nothing is written beside them.
+
+A sample is a run of members with the same path up to the first dot of the last part; what follows the dot is the kind. Tars may be
+of any dialect that tar, Python and webdataset write: v7, ustar, GNU, pax. **Source**: POSIX.1-2017 pax; GNU tar manual, "Basic tar format".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lce_dist.errors import ConfigError, DataError
+from lce_dist.keys import hash_keys
+from pipelines.images import MAX_IMAGE_BYTES, check_decodes
+from pipelines.importable import Texts, already_packed, digest, file_stamp, label_texts, number_key
+from pipelines.importing import (
+    Imported,
+    ImportSettings,
+    Progress,
+    count_skipped,
+    publish,
+    write_atomically,
+    write_skipped,
+    writing,
+)
+from pipelines.manifest import INDEX_DTYPE, PackedDataset, ShardRecord, write_description
+from pipelines.units import Told, run_units
+
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+DEFAULT_LABEL_KEY = "label"
+
+_RULES = 1
+_BLOCK = 512
+_HASHED_AT_ONCE = 8 << 20
+_TELL_EVERY = 256
+_LONGEST_TEXT = 1 << 20  # of a label, a .json or a long name
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar: where its contents begin, and their length."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class LabelRule:
+    """Where a sample's identity is found: in a member of ``kind`` (id, cls or json), or, with None, in the folder of its key."""
+
+    kind: str | None
+    key: str = DEFAULT_LABEL_KEY
+
+
+def index_tars(
+    tars: Sequence[Path],
+    root: Path,
+    out: Path,
+    settings: ImportSettings,
+    num_workers: int,
+    label_key: str | None = None,
+    progress: Progress | None = None,
+) -> Imported:
+    """Describe tars below ``root`` in a new folder ``out``; an interrupted run goes on, a finished one is opened.
+
+    Identities are the text of ``.id``, the text or number of ``.cls``, ``label_key`` of ``.json``, or the folder of the key:
+    the first of these that the first sample has, and then every one must. ``progress`` gets (MB done, MB, bytes done).
+    Errors: DataError for a tar that is cut off or damaged, naming the byte, and for samples without one image and an identity.
+    """
+    if settings.images.size is not None or settings.images.quality is not None:
+        raise ConfigError("--size and --quality change images; tars are only indexed. Leave them out")
+    if out.absolute().is_relative_to(root.absolute()):
+        raise DataError(
+            f"output {out} lies in the folder of the tars, {root}, where nothing is written; choose another"
+        )
+    files = [path.relative_to(root).as_posix() for path in tars]
+    stamps = [part for path, file in zip(tars, files, strict=True) for part in (file, file_stamp(path))]
+    facts = [_RULES, "webdataset", settings.name, settings.images.decode, label_key]
+    fingerprint = digest(json.dumps(facts), *stamps)
+    work = out.with_name(out.name + ".importing")
+    packed = already_packed(out, fingerprint)
+    if packed is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        return Imported(packed, count_skipped(out), (), len(packed.manifest.shards))
+    rule = find_label_rule(tars, label_key)
+    with writing(work, out, fingerprint):
+        records = work / "records-0"
+        records.mkdir(exist_ok=True)
+        (work / "data").mkdir(exist_ok=True)
+        job = IndexJob(tuple(str(path) for path in tars), tuple(files), records, rule, settings)
+        sizes = [path.stat().st_size for path in tars]
+        units = [number for number in range(len(tars)) if not job.record_path(number).exists()]
+        already = sum(sizes) - sum(sizes[number] for number in units)
+
+        def watched(images: int, size: int) -> None:
+            if progress is not None:
+                progress((already + size) >> 20, sum(sizes) >> 20, size)
+
+        run_units(job, units, num_workers, watched)
+        skipped = _finish(job, out, root, fingerprint, settings, len(tars))
+        publish(work, out)
+    return Imported(PackedDataset.open(out), skipped, (), len(tars) - len(units))
+
+
+def _finish(job: IndexJob, out: Path, root: Path, fingerprint: str, settings: ImportSettings, num_tars: int) -> int:
+    rows, names = [], []
+    keys: list[str] = []
+    shards: list[ShardRecord] = []
+    skipped: list[tuple[str, str, str]] = []
+    for number in range(num_tars):
+        with np.load(job.record_path(number), allow_pickle=False) as stored:
+            facts = json.loads(stored["facts"].tobytes())
+            skipped += [tuple(one) for one in facts["skipped"]]
+            if not facts["shard"]["num_samples"]:
+                continue
+            part = stored["rows"]
+            part["shard"] = len(shards)
+            rows.append(part)
+            names.append(stored["names"])
+            texts = Texts(stored["key_blob"], stored["key_ends"])
+            distinct = [texts[code] for code in range(len(texts))]
+            keys += [distinct[code] for code in stored["codes"].tolist()]
+            shards.append(ShardRecord.model_validate(facts["shard"]))
+    if not rows:
+        raise DataError(f"the {num_tars} tars in {root} hold no image ({', '.join(IMAGE_KINDS)}); name others")
+    identities, label_N = label_texts(keys)
+    index = np.concatenate(rows)
+    index["label"] = label_N
+    data = job.records.parent / "data"
+    if skipped:
+        write_skipped(data, skipped)
+    place = root.absolute()
+    near = place.is_relative_to(out.absolute().parent)
+    write_description(
+        data,
+        settings.name,
+        shards,
+        index,
+        [identities[label] for label in range(len(identities))],
+        fingerprint,
+        np.concatenate(names),
+        root=Path(os.path.relpath(place, out.absolute())).as_posix() if near else str(place),
+    )
+    return len(skipped)
+
+
+@dataclass(frozen=True, eq=False)
+class IndexJob:
+    """Tars as units of work: each is read once, for its hash, its members and its images."""
+
+    tars: tuple[str, ...]
+    files: tuple[str, ...]
+    records: Path
+    rule: LabelRule
+    settings: ImportSettings
+
+    def record_path(self, number: int) -> Path:
+        return self.records / f"{number:06d}.npz"
+
+    def run(self, unit: int, told: Told) -> None:
+        path = self.tars[unit]
+        rows: list[tuple[int, int, int, int]] = []
+        names: list[str] = []
+        code_of: dict[str, int] = {}
+        codes: list[int] = []
+        skipped: list[tuple[str, str, str]] = []
+        with open(path, "rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if not size_bytes:
+                raise DataError(f"tar {path} became empty; restore it")
+            # no "with": an error's traceback would still hold slices when it closes
+            contents = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_SEQUENTIAL"):
+                contents.madvise(mmap.MADV_SEQUENTIAL)
+            hashed = hashlib.sha256()
+            end, read, images = 0, 0, 0
+            for sample in samples_of(path, contents):
+                image, identity = self._sample(path, contents, sample)
+                name = f"{self.files[unit]}/{image.name}"
+                reason = self._damage(contents, image, name)
+                if reason is None:
+                    rows.append((0, image.offset, image.size, 0))
+                    names.append(name)
+                    codes.append(code_of.setdefault(identity, len(code_of)))
+                else:
+                    skipped.append((name, identity, reason))
+                images += 1
+                end = sample[-1].offset + sample[-1].size
+                if end - read >= _HASHED_AT_ONCE or images == _TELL_EVERY:
+                    _hash(hashed, contents, read, end)
+                    told(images, end - read)
+                    read, images = end, 0
+            _hash(hashed, contents, read, size_bytes)
+            told(images, size_bytes - read)
+        keys = Texts.of(code_of)
+        record = {"file": self.files[unit], "size_bytes": size_bytes, "num_samples": len(rows)}
+        facts = json.dumps({"shard": {**record, "sha256": hashed.hexdigest()}, "skipped": skipped}).encode()
+        stored = io.BytesIO()
+        np.savez(
+            stored,
+            facts=np.frombuffer(facts, dtype=np.uint8),
+            rows=np.array(rows, dtype=INDEX_DTYPE),
+            names=hash_keys(names),
+            codes=np.array(codes, dtype=np.int64),
+            key_blob=keys.blob_B,
+            key_ends=keys.end_N,
+        )
+        write_atomically(self.record_path(unit), stored.getvalue())
+
+    def _sample(self, path: str, contents: mmap.mmap, sample: Sequence[Member]) -> tuple[Member, str]:
+        images = [member for member in sample if _kind(member.name) in IMAGE_KINDS]
+        if len(images) != 1:
+            raise DataError(
+                f"tar {path}: the sample {_key(sample[0].name)!r} at byte {sample[0].offset} has {len(images)} images "
+                f"({', '.join(IMAGE_KINDS)}); must have one"
+            )
+        return images[0], _identity(path, contents, sample, self.rule)
+
+    def _damage(self, contents: mmap.mmap, image: Member, name: str) -> str | None:
+        """What is wrong with an image. Errors: DataError where such are not to be left out."""
+        try:
+            if not 0 < image.size <= MAX_IMAGE_BYTES:
+                raise DataError(f"image {name} is {image.size} bytes; must be 1 to {MAX_IMAGE_BYTES}")
+            if self.settings.images.decode:
+                check_decodes(contents[image.offset : image.offset + image.size], name)
+        except DataError as error:
+            if not self.settings.skip_bad:
+                raise DataError(f"{error}. With --bad skip such images are left out and listed") from None
+            return str(error)
+        return None
+
+
+def find_label_rule(tars: Sequence[Path], label_key: str | None) -> LabelRule:
+    """Where identities are found, told from the first sample. Errors: DataError when there is none in it."""
+    for path in tars:
+        if not path.stat().st_size:
+            raise DataError(f"tar {path} is empty, not even ended; restore it or leave it out")
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+            sample = next(samples_of(str(path), contents), None)
+        if sample is None:
+            continue
+        kinds = [_kind(member.name) for member in sample]
+        if label_key is not None:
+            return LabelRule("json", label_key)
+        for kind in ("id", "cls", "json"):
+            if kind in kinds:
+                return LabelRule(kind)
+        if "/" in _key(sample[0].name):
+            return LabelRule(None)
+        raise DataError(
+            f"tar {path}: the sample {_key(sample[0].name)!r} has {', '.join(kinds)}; must have .id, .cls or .json, or lie in a "
+            "folder that names its identity"
+        )
+    raise DataError(f"the {len(tars)} tars hold no sample; name others")
+
+
+def samples_of(path: str, contents: mmap.mmap) -> Iterator[list[Member]]:
+    """Runs of members of one key, with at least an image or a label among them; hidden files are passed over."""
+    sample: list[Member] = []
+    for member in members_of(path, contents):
+        if _base(member.name).startswith(".") or "." not in _base(member.name):
+            continue
+        if sample and _key(member.name) != _key(sample[0].name):
+            yield sample
+            sample = []
+        sample.append(member)
+    if sample:
+        yield sample
+
+
+def members_of(path: str, contents: mmap.mmap) -> Iterator[Member]:
+    """The files of a tar, in their order.
+
+    Errors: DataError naming the byte, for headers whose checksum differs, for a tar that ends inside a file, and for one
+    without the two empty blocks of its end: it is cut off between two files.
+    """
+    at, size_bytes = 0, len(contents)
+    next_name: str | None = None
+    next_size: int | None = None
+    while True:
+        header = contents[at : at + _BLOCK]
+        if len(header) < _BLOCK:
+            raise DataError(
+                f"tar {path} ends at byte {size_bytes} without the empty blocks of a tar's end; it is cut off. Restore it"
+            )
+        if header == bytes(_BLOCK):
+            return
+        checksum = _number(header[148:156])
+        if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise DataError(f"tar {path}: no member's header at byte {at}; the file is damaged. Restore it")
+        kind = header[156:157]
+        size = _number(header[124:136])
+        if size is None or size < 0:
+            raise DataError(f"tar {path}: the header at byte {at} has no size; the file is damaged. Restore it")
+        if kind in b"123456":
+            size = 0  # links, devices and folders have no contents, whatever they say
+        elif next_size is not None and kind not in b"xgLK":
+            size = next_size
+        offset, end = at + _BLOCK, at + _BLOCK + size
+        if end > size_bytes:
+            raise DataError(
+                f"tar {path} ends at byte {size_bytes}, inside the member at byte {at} that goes to {end}; it is cut off. "
+                "Restore it"
+            )
+        at = offset + -(-size // _BLOCK) * _BLOCK
+        if kind in b"xgLK" and size > _LONGEST_TEXT:
+            raise DataError(f"tar {path}: the header at byte {offset} has a text of {size} bytes; the file is damaged")
+        if kind == b"L":
+            next_name = _text(contents[offset:end])
+        elif kind == b"x":
+            facts = _pax(path, contents[offset:end], offset)
+            next_name = facts.get("path", next_name)
+            next_size = int(facts["size"]) if facts.get("size", "").isdigit() else next_size
+        elif kind not in b"gK":
+            if kind in b"07\0":
+                yield Member(_name(header) if next_name is None else next_name, offset, size)
+            next_name = next_size = None
+
+
+def _name(header: bytes) -> str:
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", errors="surrogateescape")
+
+
+def _number(field: bytes) -> int | None:
+    """Octal digits, or GNU's form for large numbers; None for neither."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _pax(path: str, records: bytes, offset: int) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    at = 0
+    while at < len(records) and records[at : at + 1] != b"\0":
+        length, _, rest = records[at:].partition(b" ")
+        end = at + int(length) if length.isdigit() else 0
+        keyword, equals, value = rest[: max(0, end - at - len(length) - 2)].partition(b"=")
+        if not equals or end > len(records):
+            raise DataError(f"tar {path}: the pax header at byte {offset + at} is damaged; restore the file")
+        facts[_text(keyword)] = value.decode("utf-8", errors="surrogateescape")
+        at = end
+    return facts
+
+
+def _base(name: str) -> str:
+    return name.rsplit("/", 1)[-1]
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return f"{folder}{slash}{base.split('.', 1)[0]}".removeprefix("./")
+
+
+def _kind(name: str) -> str:
+    return _base(name).partition(".")[2].lower()
+
+
+def _identity(path: str, contents: mmap.mmap, sample: Sequence[Member], rule: LabelRule) -> str:
+    where = f"tar {path}: the sample {_key(sample[0].name)!r} at byte {sample[0].offset}"
+    if rule.kind is None:
+        folder = _key(sample[0].name).rpartition("/")[0]
+        if not folder:
+            raise DataError(f"{where} lies in no folder; the first one does, and its folder names the identity")
+        return folder
+    member = next((one for one in sample if _kind(one.name) == rule.kind), None)
+    if member is None:
+        raise DataError(f"{where} has no .{rule.kind}; the first one does, and it names the identity")
+    if member.size > _LONGEST_TEXT:
+        raise DataError(f"{where} has a .{rule.kind} of {member.size} bytes; must be at most {_LONGEST_TEXT}")
+    raw = contents[member.offset : member.offset + member.size]
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text) if rule.kind == "json" else text.strip()
+    except ValueError as error:
+        raise DataError(f"{where} has a .{rule.kind} that cannot be read ({error})") from None
+    if rule.kind == "json":
+        if not isinstance(value, dict) or rule.key not in value:
+            raise DataError(
+                f"{where} has no {rule.key!r} in its .json; name the one that says the identity with --label-key"
+            )
+        value = value[rule.key]
+    if rule.kind != "id" and type(value) is int and value >= 0:
+        return number_key(value)
+    if rule.kind == "cls" and isinstance(value, str) and value.isascii() and value.isdigit():
+        return number_key(int(value))
+    if not isinstance(value, str) or not value:
+        raise DataError(f"{where} has the identity {value!r}; must be text or a whole number from 0")
+    return value
+
+
+def _hash(hashed: hashlib._Hash, contents: mmap.mmap, first: int, end: int) -> None:
+    for at in range(first, end, _HASHED_AT_ONCE):
+        hashed.update(contents[at : min(at + _HASHED_AT_ONCE, end)])

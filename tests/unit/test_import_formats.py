@@ -1,0 +1,459 @@
+"""RecordIO, WebDataset tars, Parquet, CSV and pair files: against slow twins, other libraries, and damaged files."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from launch.cli import main
+from launch.protocol_files import Known, read_pairs
+from lce_dist.errors import ConfigError, DataError
+from pipelines.formats import SourceOptions, find_format, open_source
+from pipelines.importing import Imported, ImportSettings, import_images
+from pipelines.manifest import PackedDataset, verify_checksums
+from pipelines.reading import ShardReader
+from pipelines.recordio import MAGIC, RecordSource, join_parts, open_records
+from pipelines.tars import index_tars
+from tests.unit.test_import import encoded
+
+SMALL = ImportSettings(shard_bytes=20_000)
+SKIP = ImportSettings(shard_bytes=20_000, skip_bad=True)
+
+
+def contents(dataset: PackedDataset) -> dict[bytes, str]:
+    payloads = ShardReader(dataset).read(np.arange(dataset.num_samples))
+    return {
+        bytes(one): dataset.identities[row] for one, row in zip(payloads, dataset.index["label"].tolist(), strict=True)
+    }
+
+
+# RecordIO
+
+
+def framed(payload: bytes) -> bytes:
+    """dmlc's writer, as slowly as can be: cut where the magic stands at a multiple of four."""
+    magic = struct.pack("<I", MAGIC)
+    cuts = [at for at in range(0, len(payload) - 3, 4) if payload[at : at + 4] == magic]
+    parts = [
+        payload[first:end] for first, end in zip([0, *(at + 4 for at in cuts)], [*cuts, len(payload)], strict=True)
+    ]
+    kinds = [0] if len(parts) == 1 else [1] + [2] * (len(parts) - 2) + [3]
+    return b"".join(
+        magic + struct.pack("<I", kind << 29 | len(part)) + part + bytes(-len(part) % 4)
+        for kind, part in zip(kinds, parts, strict=True)
+    )
+
+
+def image_record(label: float, image: bytes, more: Sequence[float] = ()) -> bytes:
+    return struct.pack("<IfQQ", len(more), label, 7, 0) + struct.pack(f"<{len(more)}f", *more) + image
+
+
+def written(path: Path, records: Sequence[bytes], index: bool = True) -> Path:
+    lines, file = [], bytearray()
+    for number, record in enumerate(records):
+        lines.append(f"{number}\t{len(file)}\n")
+        file += framed(record)
+    path.write_bytes(file)
+    if index:
+        path.with_suffix(".idx").write_text("".join(reversed(lines)))
+    return path
+
+
+def arcface(images: Sequence[bytes], labels: Sequence[int]) -> list[bytes]:
+    """As arcface_torch packs: a first record and one for each identity without an image."""
+    count, ids = len(images), sorted(set(labels))
+    ranges = [(labels.index(one) + 1, len(labels) - list(labels)[::-1].index(one) + 1) for one in ids]
+    head = image_record(0, b"", (count + 1, count + 1 + len(ids)))
+    return [
+        head,
+        *(image_record(label, image) for label, image in zip(labels, images, strict=True)),
+        *(image_record(0, b"", one) for one in ranges),
+    ]
+
+
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+IMAGES = [encoded(number) for number in range(9)]
+LABELS = [0, 0, 1, 1, 1, 4, 4, 5, 12]
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_records_of_arcface_torch(tmp_path: Path, index: bool) -> None:
+    path = written(tmp_path / "train.rec", arcface(IMAGES, LABELS), index)
+    source, notes = open_records(path)
+    dataset = import_images(source, tmp_path / "out", SMALL, 1).dataset
+    assert contents(dataset) == {image: f"{label:09d}" for image, label in zip(IMAGES, LABELS, strict=True)}
+    assert "6 records without an image were passed over" in notes and (len(notes) == 1) is index
+    assert [source.name(number) for number in range(9)] == [str(number) for number in range(1, 10)]
+    assert find_format(tmp_path) == "recordio"
+
+
+def test_records_of_im2rec_with_labels_behind_the_header_and_in_parts(tmp_path: Path) -> None:
+    spiked = [image + b"\0" * (-len(image) % 4) + MAGIC_BYTES * 2 + b"tail" + MAGIC_BYTES for image in IMAGES]
+    records = [image_record(99, image, (label, 1.5)) for image, label in zip(spiked, LABELS, strict=True)]
+    records[3] = image_record(1, spiked[3])
+    path = written(tmp_path / "train.rec", records)
+    assert path.read_bytes()[4:8][-1] >> 5 == 1  # in parts
+    dataset = import_images(open_records(path)[0], tmp_path / "out", SMALL, 1).dataset
+    assert contents(dataset) == {image: f"{label:09d}" for image, label in zip(spiked, LABELS, strict=True)}
+
+
+@given(st.lists(st.sampled_from([MAGIC_BYTES, b"abcd", b"\xca", b"\x0a\x23\xd7\xce"]), max_size=12).map(b"".join))
+@settings(max_examples=200, deadline=None)
+def test_parts_are_joined_as_they_were_cut(payload: bytes) -> None:
+    assert join_parts("x", 0, framed(payload)) == payload
+
+
+def test_labels_that_float32_cannot_hold(tmp_path: Path) -> None:
+    labels = [3, 2**24, 2**24 + 1]
+    path = written(tmp_path / "train.rec", [image_record(one, IMAGES[n]) for n, one in enumerate(labels)])
+    with pytest.raises(DataError, match=r"labels up to 16777216.*float32.*Give its list with --labels FILE.lst"):
+        open_records(path)
+    im2rec = tmp_path / "other.lst"
+    im2rec.write_text("".join(f"{n}\t{one}.000000\tdir/{n}.jpg\n" for n, one in enumerate(labels)))
+    source, notes = open_records(path, im2rec)
+    assert [source.identities[n] for n in range(3)] == ["000000003", "016777216", "016777217"]
+    assert notes == ["labels are those of other.lst"]
+    im2rec.rename(tmp_path / "train.lst")
+    assert open_records(path)[1] == ["labels are those of train.lst"]
+    (tmp_path / "train.lst").write_text("0\t3\ta\n1\t4\tb\n2\t5\tc\n")
+    with pytest.raises(DataError, match=r"train.lst says 4 of image 1, .*16777216; it belongs to another file"):
+        open_records(path)
+    (tmp_path / "train.lst").write_text("0\t3\ta\n")
+    with pytest.raises(DataError, match="has no line for image 1"):
+        open_records(path)
+
+
+def test_a_list_of_arcface_torch_counts_its_lines_from_one(tmp_path: Path) -> None:
+    path = written(tmp_path / "train.rec", arcface(IMAGES, LABELS))
+    listed = tmp_path / "names.lst"
+    listed.write_text("".join(f"1\t/faces/{n}.jpg\t{label}\n" for n, label in enumerate(LABELS)))
+    assert np.array_equal(open_records(path, listed)[0].label_N, open_records(path)[0].label_N)
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_records_that_are_cut_off_or_foreign(tmp_path: Path, index: bool) -> None:
+    path = written(tmp_path / "train.rec", arcface(IMAGES, LABELS), index)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"train.(rec|idx).*(cut off|restore the pair)"):
+        open_records(path)
+    path.write_bytes(whole[:4] + b"\xff" * 4 + whole[8:])
+    with pytest.raises(DataError, match="byte 0"):
+        open_records(path)
+    moved = bytearray(whole)
+    moved[60:64] = b"abcd"  # where the second record begins
+    path.write_bytes(moved)
+    assert whole[40:44] == MAGIC_BYTES
+    path.write_bytes(whole[:40] + b"abcd" + whole[44:])
+    with pytest.raises(DataError, match="no record begins at byte 40"):
+        open_records(path)
+
+
+@pytest.mark.parametrize("label", [-1.0, 0.5, float("nan")])
+def test_labels_that_are_no_identities(tmp_path: Path, label: float) -> None:
+    with pytest.raises(DataError, match="byte 0 has label"):
+        open_records(written(tmp_path / "a.rec", [image_record(label, IMAGES[0])]))
+
+
+def test_a_rec_rewritten_behind_our_back_stops(tmp_path: Path) -> None:
+    source, _ = open_records(written(tmp_path / "a.rec", [image_record(0, IMAGES[0])]))
+    assert isinstance(source, RecordSource)
+    (tmp_path / "a.rec").write_bytes(bytes(4000))
+    with pytest.raises(DataError, match="no record at byte 0"):
+        import_images(source, tmp_path / "out", SMALL, 1)
+
+
+# WebDataset tars
+
+
+def tar_of(path: Path, members: Sequence[tuple[str, bytes]], style: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=style) as tar:
+        for name, payload in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return path
+
+
+def index(root: Path, out: Path, settings: ImportSettings = SMALL, **options: str) -> Imported:
+    return index_tars(sorted(root.rglob("*.tar")), root, out, settings, 1, **options)
+
+
+LONG = "an/" + "unusually-" * 15 + "long/späte-"
+
+
+@pytest.mark.parametrize("style", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("stem", ["", "sub/folder/", LONG])
+def test_tars_are_indexed_where_they_lie_as_webdataset_reads_them(tmp_path: Path, style: int, stem: str) -> None:
+    if stem == LONG and style == tarfile.USTAR_FORMAT:
+        stem = "a" * 120 + "/" + "b" * 60  # the prefix field
+    root, before = tmp_path / "shards", {}
+    for shard in range(3):
+        members: list[tuple[str, bytes]] = []
+        for number in range(4):
+            key = f"{stem}{shard}{number}"
+            members += [
+                (f"{key}.JPG", IMAGES[number + shard]),
+                (f"{key}.cls", b"%d" % (number % 3)),
+                (f"{key}.txt", b"?"),
+            ]
+        before[tar_of(root / f"part/{shard}.tar", members, style)] = None
+    listing = sorted(path.relative_to(tmp_path) for path in root.rglob("*"))
+    dataset = index(root, tmp_path / "out").dataset
+    assert sorted(path.relative_to(tmp_path) for path in root.rglob("*")) == listing
+    assert dataset.manifest.root == "../shards" and dataset.manifest.shards[1].file == "part/1.tar"
+    assert dataset.identities == ("000000000", "000000001", "000000002")
+    theirs = list(webdataset.WebDataset([str(path) for path in before], shardshuffle=False))
+    assert [sample["jpg"] for sample in theirs] == [bytes(one) for one in ShardReader(dataset).read(np.arange(12))]
+    assert [int(sample["cls"]) for sample in theirs] == dataset.index["label"].tolist()
+    found = []
+    for number, path in enumerate(before):
+        with tarfile.open(path) as tar:
+            found += [(number, one.offset_data, one.size) for one in tar.getmembers() if one.name.endswith(".JPG")]
+    assert dataset.index[["shard", "offset", "size"]].tolist() == found
+    verify_checksums(dataset)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")  # beside the tars still
+    assert contents(PackedDataset.open(tmp_path / "elsewhere"))
+
+
+def test_identities_from_ids_json_text_and_folders(tmp_path: Path) -> None:
+    def identities(members: Sequence[tuple[str, bytes]], **options: str) -> tuple[str, ...]:
+        root = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        tar_of(root / "a.tar", members)
+        return index(root, tmp_path / f"{root.name}-out", **options).dataset.identities
+
+    jpg = IMAGES[0]
+    assert identities([("a.cls", b"7"), ("a.id", b"anna"), ("a.jpg", jpg)]) == ("anna",)
+    assert identities([("a.cls", b" anna\n"), ("a.jpg", jpg)]) == ("anna",)
+    assert identities([("a.json", b'{"label": 12}'), ("a.jpeg", jpg)]) == ("000000012",)
+    who = json.dumps({"label": 1, "who": "späte"}).encode()
+    assert identities([("a.cls", b"3"), ("a.json", who), ("a.jpg", jpg)], label_key="who") == ("späte",)
+    assert identities([("./p/anna/1.png", encoded(1, "PNG")), ("p/ben/1.webp", encoded(1, "WEBP"))]) == (
+        "p/anna",
+        "p/ben",
+    )
+    for members, error in (
+        ([("a.jpg", jpg)], "must have .id, .cls or .json"),
+        ([("a.cls", b"1"), ("a.jpg", jpg), ("b.jpg", jpg)], "'b' at byte 3072 has no .cls"),
+        ([("a.cls", b"1"), ("a.jpg", jpg), ("a.png", jpg)], "has 2 images"),
+        ([("a.cls", b"1"), ("a.txt", jpg)], "has 0 images"),
+        ([("a.cls", b"-1"), ("a.jpg", jpg), ("b.cls", b""), ("b.jpg", jpg)], "has the identity ''"),
+        ([("a.json", b"{}"), ("a.jpg", jpg)], "has no 'label' in its .json"),
+        ([("a.json", b"{"), ("a.jpg", jpg)], "cannot be read"),
+        ([("a.json", b'{"label": true}'), ("a.jpg", jpg)], "has the identity True"),
+        ([("readme", b"")], "hold no sample"),
+    ):
+        with pytest.raises(DataError, match=error):
+            identities(members)
+
+
+def test_every_cut_of_a_tar_is_an_error_that_names_file_and_byte(tmp_path: Path) -> None:
+    path = tar_of(
+        tmp_path / "shards" / "a.tar", [("a.cls", b"1"), ("a.jpg", IMAGES[0]), ("b.cls", b"1"), ("b.jpg", IMAGES[1])]
+    )
+    whole = path.read_bytes()
+    end = whole.rstrip(b"\0")
+    ended = -(-len(end) // 512) * 512
+    for size in [*range(1, ended + 511, 97), *range(512, ended + 1, 512)]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(DataError, match=rf"a.tar ends at byte {size}.*cut off"):
+            index(path.parent, tmp_path / "out")
+    path.write_bytes(whole[: ended + 512])
+    assert index(path.parent, tmp_path / "out2").dataset.num_samples == 2
+    damaged = bytearray(whole)
+    damaged[1024 + 3] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="no member's header at byte 1024"):
+        index(path.parent, tmp_path / "out3")
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"tar .*a.tar is empty"):
+        index(path.parent, tmp_path / "out4")
+
+
+def test_bad_images_in_tars_and_what_is_not_done_there(tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    tar_of(root / "a.tar", [("a.cls", b"1"), ("a.jpg", IMAGES[0][:300]), ("b.cls", b"2"), ("b.jpg", IMAGES[1])])
+    with pytest.raises(DataError, match=r"image a.tar/a.jpg cannot be decoded.*--bad skip"):
+        index(root, tmp_path / "out")
+    imported = index(root, tmp_path / "out", SKIP)
+    assert imported.num_skipped == 1 and imported.dataset.identities == ("000000002",)
+    assert "a.tar/a.jpg,000000001," in (tmp_path / "out" / "skipped.csv").read_text()
+    with pytest.raises(DataError, match="nothing is written"):
+        index(root, root / "out")
+    assert main(["data", "import", str(root), str(tmp_path / "o"), "--size", "112"]) == 2
+    assert main(["data", "import", str(root), str(tmp_path / "o"), "--workers", "1", "--bad", "skip"]) == 0
+
+
+# Parquet and CSV
+
+
+def table(path: Path, images: object, labels: object, group: int = 3, **more: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({"image": images, "label": labels, **more}), path, row_group_size=group)
+    return path
+
+
+def opened(path: Path, **options: str) -> PackedDataset:
+    kind = find_format(path)
+    out = path.with_name(path.name + f"-{len(list(path.parent.iterdir()))}")
+    return import_images(open_source(path, kind, SourceOptions(**options))[0], out, SMALL, 1).dataset
+
+
+def test_parquet_of_every_shape_and_each_row_group_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[tuple[str, int]] = []
+    read = parquet.ParquetFile.read_row_group
+
+    def counted(self: parquet.ParquetFile, group: int, **options: object) -> object:
+        reads.append((str(self), group))
+        return read(self, group, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    many = [encoded(number, size=(40, 30 + number)) for number in range(40)]
+    for number, (images, kind) in enumerate(
+        (
+            (pyarrow.array(many), pyarrow.int64()),
+            (pyarrow.array(many, pyarrow.large_binary()), pyarrow.int32()),
+            (pyarrow.array([{"bytes": one, "path": "x.jpg"} for one in many]), pyarrow.int16()),
+        )
+    ):
+        folder = tmp_path / str(number)
+        for part in range(2):
+            rows = slice(20 * part, 20 * part + 20)
+            table(folder / f"{part}.parquet", images[rows], pyarrow.array(range(rows.start, rows.stop), kind))
+        reads.clear()
+        assert contents(opened(folder)) == {image: f"{row:09d}" for row, image in enumerate(many)}
+        assert len(reads) == 2 * 7  # row groups of 3 of 20 rows
+    large = table(tmp_path / "large.parquet", pyarrow.array(many), pyarrow.array(range(40)), group=40)
+    reads.clear()
+    dataset = opened(large)
+    assert len(dataset.manifest.shards) > 3 and len(reads) == 1  # a group above the size of a shard becomes several
+
+
+def test_labels_of_parquet(tmp_path: Path) -> None:
+    images, text = pyarrow.array(IMAGES[:3]), pyarrow.array(["ben", "anna", "ben"])
+    assert opened(table(tmp_path / "a.parquet", images, text)).identities == ("anna", "ben")
+    assert opened(table(tmp_path / "b.parquet", images, text.dictionary_encode())).identities == ("anna", "ben")
+    named = pyarrow.table({"image": images, "label": pyarrow.array([1, 0, 1])})
+    info = {"info": {"features": {"label": {"names": ["anna", "ben", "eve"], "_type": "ClassLabel"}}}}
+    parquet.write_table(named.replace_schema_metadata({"huggingface": json.dumps(info)}), tmp_path / "c.parquet")
+    assert opened(tmp_path / "c.parquet").identities == ("anna", "ben")
+    two = table(tmp_path / "d.parquet", images, text, other=images, who=text)
+    with pytest.raises(ConfigError, match=r"2 columns that may hold images \(image, other\)"):
+        opened(two)
+    assert opened(two, image_column="other", label_column="who").num_samples == 3
+    for labels, error in (
+        (pyarrow.array([1, None, 2]), "1 rows have no label"),
+        (pyarrow.array([1, -1, 2]), "holds -1"),
+        (pyarrow.array([1.0, 2.0, 2.5]), "must be whole numbers or text"),
+    ):
+        with pytest.raises((DataError, ConfigError), match=error):
+            opened(table(tmp_path / "e.parquet", images, labels))
+    with pytest.raises(DataError, match=r"image f.parquet:1 has no bytes"):
+        opened(table(tmp_path / "f.parquet", pyarrow.array([IMAGES[0], None, IMAGES[1]]), text))
+    with pytest.raises(ConfigError, match="no column 'who' but image, label"):
+        opened(tmp_path / "a.parquet", label_column="who")
+    (tmp_path / "g.parquet").write_bytes(two.read_bytes()[:-10])
+    with pytest.raises(DataError, match="is no Parquet file"):
+        opened(tmp_path / "g.parquet")
+
+
+def test_a_table_of_paths(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, image in enumerate(IMAGES):
+        (tmp_path / "in" / f"ü {number},.jpg").write_bytes(image)
+    listed = tmp_path / "people.csv"
+    rows = [f'"in/ü {number},.jpg",{label}\n' for number, label in enumerate("ccbbaaabc")]
+    listed.write_text("path,identity\n" + "".join(rows))
+    dataset = opened(listed)
+    assert contents(dataset) == dict(zip(IMAGES, "ccbbaaabc", strict=True)) and dataset.identities == ("a", "b", "c")
+    listed.write_text("path,identity\n" + "".join(reversed(rows)))  # the same labels whatever the order
+    assert opened(listed).identities == dataset.identities
+    for line, error in (
+        ("../x.jpg,a", r"path '../x.jpg' of row 1 must lie below"),
+        ("/etc/passwd,a", r"say where with --root FOLDER"),
+        ("in/gone.jpg,a", r"row 1 cannot be read"),
+        ("in/x.jpg,", "has no identity"),
+    ):
+        listed.write_text(f"path,identity\n{line}\n")
+        with pytest.raises(DataError, match=error):
+            opened(listed)
+    listed.write_text(f'file,who\n"{tmp_path}/in/ü 0,.jpg",7\n')
+    with pytest.raises(DataError, match="--image-column"):
+        opened(listed)
+    options = SourceOptions(image_column="file", label_column="who", root=tmp_path / "in")
+    source, _ = open_source(listed, "csv", options)
+    assert import_images(source, tmp_path / "out", SMALL, 1).dataset.identities == ("7",)
+
+
+# Pair files and formats
+
+
+def test_pair_files_and_their_list_for_evaluate(tmp_path: Path) -> None:
+    path = tmp_path / "lfw.bin"
+    path.write_bytes(pickle.dumps((IMAGES[:8], [True, False, True, False]), protocol=2))
+    dataset = import_images(open_source(path, "pairs", SourceOptions())[0], tmp_path / "out", SMALL, 1).dataset
+    assert list(contents(dataset)) == IMAGES[:8] and dataset.num_samples == 8
+    assert dataset.index["label"].tolist() == list(range(8)) and dataset.identities[3] == "000000003"
+    known = Known("out", {key: row for row, key in enumerate(dataset.identities)})
+    listed = read_pairs(tmp_path / "out" / "pairs.csv", known, known)
+    assert listed.first_P.tolist() == [0, 2, 4, 6] and listed.genuine_P.tolist() == [True, False, True, False]
+    path.write_bytes(pickle.dumps(([*IMAGES[:7], b"bad"], [True, False, True, False]), protocol=2))
+    again = import_images(open_source(path, "pairs", SourceOptions())[0], tmp_path / "out2", SKIP, 1)
+    assert again.dataset.num_samples == 7 and again.dropped_identities == ("000000007",)
+    assert (tmp_path / "out2" / "pairs.csv").read_text().splitlines()[1:] == [
+        "000000000,000000001,1",
+        "000000002,000000003,0",
+        "000000004,000000005,1",
+    ]
+
+
+def test_formats_are_found_out(tmp_path: Path) -> None:
+    for name, kind in (
+        ("a.zip", "zip"),
+        ("b.REC", "recordio"),
+        ("c.tar", "webdataset"),
+        ("d.csv", "csv"),
+        ("e.bin", "pairs"),
+    ):
+        (tmp_path / name).touch()
+        assert find_format(tmp_path / name) == kind
+    with pytest.raises(ConfigError, match="holds files of recordio and webdataset; say which with --format"):
+        find_format(tmp_path)
+    (tmp_path / "x").mkdir()
+    assert find_format(tmp_path / "x") == "folder"
+    (tmp_path / "x" / "data").mkdir()
+    (tmp_path / "x" / "data" / "a.parquet").touch()
+    assert find_format(tmp_path / "x") == "parquet"
+    (tmp_path / "y.mp4").touch()
+    with pytest.raises(ConfigError, match=r"ends in '.mp4'"):
+        find_format(tmp_path / "y.mp4")
+
+
+def test_each_format_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [
+        written(tmp_path / "train.rec", arcface(IMAGES, LABELS)),
+        table(tmp_path / "a.parquet", pyarrow.array(IMAGES), pyarrow.array(LABELS)),
+        tar_of(
+            tmp_path / "s" / "a.tar",
+            [(f"{n}.{kind}", b) for n in range(9) for kind, b in (("cls", b"1"), ("jpg", IMAGES[n]))],
+        ),
+    ]
+    for source in sources:
+        out = tmp_path / f"{source.name}-out"
+        assert main(["data", "import", str(source), str(out), "--workers", "1", "--no-decode"]) == 0
+        assert "9 images of " in capsys.readouterr().out
+        verify_checksums(PackedDataset.open(out))
