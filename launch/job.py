@@ -18,6 +18,7 @@ from torch import nn
 
 from launch.bridge import bridge_stage, some_identities
 from launch.pair_sets import accuracy_cells, open_pair_sets, pair_set_entries
+from launch.parts import open_parts
 from launch.prepare import heldout_attributes, open_old_model
 from launch.report import RunFacts, write_report
 from launch.stored import StoredOld, open_stored
@@ -29,7 +30,7 @@ from lce_dist.compat.closed_form import PairSums
 from lce_dist.compat.closed_form import procrustes as procrustes_of
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
-from lce_dist.config import MARGIN_KEYS, Config, DataConfig, Manner, NetConfig
+from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.matrix import build_matrix, cells_of
@@ -44,7 +45,7 @@ from lce_dist.training.loop import Report, Stage, Trained, train_stage
 from lce_dist.training.plan import plan_stage
 from lce_dist.training.step import Compatibility
 from lce_dist.world import World
-from pipelines.manifest import PackedDataset, View, split_identities
+from pipelines.manifest import PackedDataset, View
 from pipelines.order import EpochOrder, hash_ids
 from pipelines.stream import ImageStream, block_plan, training_plan
 
@@ -52,6 +53,7 @@ from pipelines.stream import ImageStream, block_plan, training_plan
 # same matrix product, so vectors, centres and scores are the same on any number of ranks.
 _BLOCK_ROWS = 128
 _CACHE_BYTES = 2 << 30
+STOP_FILE = "stop"  # in a run's directory: the driver asks the workers to save and end
 _ROTATION_IMAGES = 20_000  # that the rotation beside the report is fitted to
 
 OldModel = nn.Module | StoredOld
@@ -76,10 +78,8 @@ def run_job(job: Job, world: World, report: Report) -> None:
     """Train old, measure its space, train new (and independent), evaluate, write the report."""
     config = job.config
     dataset = PackedDataset.open(job.data_dir)
-    split = split_identities(
-        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
-    )
-    old_view, train_view, test_view = (dataset.select(keys) for keys in (split.old, split.train, split.heldout))
+    parts = open_parts(config.data, job.base_dir, dataset)
+    old_view, train_view, test_view = parts.view("old"), parts.view("train"), parts.view("heldout")
 
     old: OldModel
     if config.old.weights is not None:
@@ -288,6 +288,7 @@ def _network(
             job.mlflow_run_ids.get("parent"),
             view.identities[slice(*local_classes(plan.num_classes, world))],
             job.base_dir / config.head.start_from if name == "new" and config.head.start_from is not None else None,
+            job.run_dir / STOP_FILE,
         )
 
         @contextmanager
@@ -347,7 +348,7 @@ def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report
     state["image_size"] = config.data.image_size
     seen_S = None
     if compat.seen_only:
-        seen = old_identities(config.data, view.dataset)
+        seen = set(open_parts(config.data, job.base_dir, view.dataset).identities.old)
         state["seen"] = hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest()
         seen_S = torch.tensor([key in seen for key in view.identities[first:last]], device=world.device)
     name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
@@ -371,12 +372,6 @@ def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report
 
 def _fingerprint_of(old: OldModel) -> str:
     return old.fingerprint if isinstance(old, FrozenModel | StoredOld) else fingerprint(old)
-
-
-def old_identities(config: DataConfig, dataset: PackedDataset) -> set[str]:
-    """The identities of the old model's training set."""
-    split = split_identities(dataset.identities, config.heldout_identities, config.old_identities, config.split_seed)
-    return set(split.old)
 
 
 def embedded(job: Job, net: OldModel, dim: int, view: View, world: World) -> Callable[..., Iterator[EmbeddedRows]]:

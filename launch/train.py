@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from launch.gate import conclude_gate, judged_before
-from launch.job import Job
+from launch.job import STOP_FILE, Job
 from launch.prepare import Prepared, claim_run_dir, fingerprint_of, prepare
 from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
@@ -55,7 +55,7 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
     root = Path(config.run.dir).resolve()
     config, run_dir = _settle_run(config, options, root, console)
     num_ranks = options.nodes * options.workers_per_node
-    with _interruptible(), RunProgress(console) as progress:
+    with RunProgress(console) as progress, _Stopping(config.checkpoint.grace_s, progress.note) as stopping:
         prepared = prepare(config, num_ranks, options.with_independent, root / ".cache", progress.count)
         if options.fresh:
             _forget(run_dir)
@@ -66,12 +66,18 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
         elif going_on:
             progress.note(f"going on with run {run_dir}: what is trained stays, the rest is done")
         if not (finished and (run_dir / _TOLD).exists() and _is_judged(run_dir, config)):
-            _run(config, options, prepared, run_dir, progress, finished)
+            _run(config, options, prepared, run_dir, progress, stopping, finished)
     return _conclude(config, run_dir, console, None if finished else time.monotonic() - started_s)
 
 
 def _run(
-    config: Config, options: TrainOptions, prepared: Prepared, run_dir: Path, progress: RunProgress, finished: bool
+    config: Config,
+    options: TrainOptions,
+    prepared: Prepared,
+    run_dir: Path,
+    progress: RunProgress,
+    stopping: _Stopping,
+    finished: bool,
 ) -> None:
     """Train what is left, judge, and tell MLflow; of a finished run only what MLflow has not heard yet."""
     (run_dir / _TOLD).unlink(missing_ok=True)
@@ -94,9 +100,10 @@ def _run(
                     options.with_independent,
                     tracking.tracker.run_ids(),
                 )
-                for event in train_on_ray(job, placement):
-                    progress.show(event)
-                    tracking.follow(event)
+                with stopping.by(run_dir / STOP_FILE):
+                    for event in train_on_ray(job, placement):
+                        progress.show(event)
+                        tracking.follow(event)
         draw_curves(run_dir)
         _, gate = conclude_gate(run_dir, config, open_report(run_dir))
         tracking.results(config, gate)
@@ -216,18 +223,41 @@ def _show_gate(run_dir: Path, console: Console) -> None:
             console.print(f"[{colour}]{question}[/{colour}] {answer}", highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run cleanly and say how to go on."""
+class _Stopping:
+    """Ctrl-C and SIGTERM: while workers train, ask them to save and end; otherwise, or asked again, or too late, end at once."""
 
-    def stop(number: int, frame: Any) -> None:
-        raise Interrupted(
-            f"stopped by {signal.Signals(number).name}; the same command goes on from the last checkpoint"
-        )
+    def __init__(self, grace_s: int, note: Callable[[str], None]) -> None:
+        self._grace_s, self._note = grace_s, note
+        self._file: Path | None = None
+        self._previous: dict[int, Any] = {}
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> _Stopping:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            self._previous[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.alarm(0)
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def by(self, file: Path) -> Iterator[None]:
+        """In here a first signal makes ``file``, for the workers to see."""
+        file.unlink(missing_ok=True)
+        self._file = file
+        try:
+            yield
+        finally:
+            self._file = None
+            signal.alarm(0)
+            file.unlink(missing_ok=True)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if self._file is None or number == signal.SIGALRM or self._file.exists():
+            how = f"{self._grace_s} s after it was asked to" if number == signal.SIGALRM else f"by {name}"
+            raise Interrupted(f"stopped {how}; the same command goes on from the last checkpoint")
+        self._file.touch()
+        signal.alarm(self._grace_s)
+        self._note(f"{name}: saving a checkpoint, for at most {self._grace_s} s; asked again, the run ends at once")

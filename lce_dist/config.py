@@ -46,7 +46,10 @@ class SyntheticConfig(_Section):
 
 
 class DataConfig(_Section):
-    """Which images, and which identities each model sees. Exactly one source is named."""
+    """Which images, and which identities each model sees. Exactly one source is named.
+
+    split: the split.json of ``lce data split``, in place of heldout_identities, old_identities and split_seed.
+    """
 
     synthetic: SyntheticConfig | None = None
     images: str | None = None
@@ -55,6 +58,18 @@ class DataConfig(_Section):
     heldout_identities: Annotated[int, Field(ge=2)] = 100
     old_identities: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     split_seed: Annotated[int, Field(ge=0)] = 1
+    split: str | None = None
+
+    @model_validator(mode="after")
+    def _split_says_all(self) -> DataConfig:
+        if self.split is not None and self.shards is None:
+            raise ValueError(f"split is {self.split!r}; it names images of a packed data set. Name that with shards")
+        for key in ("heldout_identities", "old_identities", "split_seed"):
+            if self.split is not None and getattr(self, key) != DataConfig.model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)} and split is {self.split!r}, which says who sees what. Remove {key}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -362,6 +377,7 @@ class CheckpointConfig(_Section):
 
     evaluate: checkpoints of the new model are looked at while it trains, on processors that are free ("auto"), or on whatever is
     there at the lowest priority ("always"); each evaluate_every-th of them, over at most evaluate_images held-out images.
+    grace_s: how long a run that was asked to stop (SIGTERM, Ctrl-C) may take to save; less than Kubernetes gives a pod.
     """
 
     every_steps: Count = 100
@@ -370,6 +386,7 @@ class CheckpointConfig(_Section):
     evaluate: Literal["auto", "always", "off"] = "auto"
     evaluate_every: Count = 1
     evaluate_images: Annotated[int, Field(ge=20)] = 2000
+    grace_s: Annotated[int, Field(ge=1)] = 25
 
 
 class TrackingConfig(_Section):
@@ -485,6 +502,7 @@ class Config(_Section):
 PLACES = (
     ("data", "images"),
     ("data", "shards"),
+    ("data", "split"),
     ("old", "weights"),
     ("old", "vectors"),
     ("new", "weights"),

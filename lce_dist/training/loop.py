@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from lce_dist.batch import Batch
-from lce_dist.collectives import all_reduce_sum, gather_rows
+from lce_dist.collectives import all_agree, all_reduce_sum, gather_rows
 from lce_dist.config import Config
-from lce_dist.errors import RunError
+from lce_dist.errors import Interrupted, RunError
 from lce_dist.head.build import build_head
 from lce_dist.head.classifier import known_rows
 from lce_dist.head.identity import identity_tensor
@@ -38,7 +38,7 @@ class Stage:
     """One network to train: its name ("old", "new", "independent"), classes, steps and directory.
 
     identities: the keys of this rank's classes, in their order. start_from: a classifier that gives rows to
-    the identities that it knows.
+    the identities that it knows. stop_file: when it is there, the stage saves a checkpoint and ends with Interrupted.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Stage:
     mlflow_run_id: str | None
     identities: tuple[str, ...]
     start_from: Path | None
+    stop_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def train_stage(
 
     ``batches_from(step)`` yields the batches of steps ``step``, ``step + 1``, ... of the run.
     Errors: RunError when the loss is not finite; no checkpoint is written from then on. CheckpointError for
-    checkpoints or a classifier that do not fit.
+    checkpoints or a classifier that do not fit. Interrupted, on every rank in the same step, when it was asked to stop.
     """
     optim = config.optim
     identity_SL = identity_tensor(stage.identities, local_classes(stage.num_classes, world)[0], world)
@@ -134,7 +135,7 @@ def train_stage(
             if ids_log is not None:
                 ids_log.write(step, ids.cpu().numpy())
 
-            done = step + 1
+            done, asked_to_stop = step + 1, False
             if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
                 _check_finite(terms, stage.name, step)
                 metrics = _metrics(terms, lr, net_norm, meter)
@@ -144,6 +145,7 @@ def train_stage(
                     metrics["loss/total"] += head.anchor.align_weight * metrics["loss/alignment"]
                 if compat is not None and float(terms.method) != 0.0:
                     metrics["loss/method"] = float(terms.method)
+                asked_to_stop = stage.stop_file is not None and not all_agree(not stage.stop_file.exists(), world)
                 remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
                 report(
                     {
@@ -155,7 +157,7 @@ def train_stage(
                         "eta_s": remaining_s,
                     }
                 )
-            if done % config.checkpoint.every_steps == 0 or done == stage.total_steps:
+            if done % config.checkpoint.every_steps == 0 or done == stage.total_steps or asked_to_stop:
                 _check_finite(terms, stage.name, step, net_norm)
                 checkpoints.save(
                     done,
@@ -169,6 +171,11 @@ def train_stage(
                     },
                 )
                 report({"type": "checkpoint", "stage": stage.name, "step": done})
+            if asked_to_stop:
+                raise Interrupted(
+                    f"stopped as asked after step {done} of {stage.total_steps} of the {stage.name} model, which is saved; the "
+                    "same command goes on from there"
+                )
     engine.average_buffers()
     if ids_log is not None:
         ids_log.close()

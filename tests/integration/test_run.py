@@ -212,3 +212,29 @@ def test_both_models_frozen_and_a_map_between_them(workplace: Workplace, undistu
     names = [candidate["name"] for candidate in card["candidates"]]
     assert {"procrustes", "trained mlp"} <= set(names) and card["chosen"] in names
     assert (workplace.folder / "runs" / "forward" / "bridge" / "bridge.safetensors").exists()
+
+
+def test_asked_to_stop_a_run_saves_ends_with_5_and_goes_on_from_there(workplace: Workplace) -> None:
+    arguments = ("train", "--config", "gn.toml", "--nodes", "1", "--set", "tracking.every_steps=1")
+    code, output = workplace.run(*arguments, "--name", "gn1")
+    assert code == 0, output
+    arguments += ("--name", "asked", "--set", "checkpoint.every_steps=1000")
+    run = workplace.folder / "runs" / "asked"
+    log = run / "new" / "batch_ids.tsv"
+    process = workplace.start(*arguments)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 12, process, 200)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 5, output
+    (saved,) = (run / "new" / "checkpoints").glob("step-*")
+    assert f"after step {int(saved.name[5:])} of" in output and "SIGTERM: saving a checkpoint" in output, output
+    assert not (run / "stop").exists()
+    code, output = workplace.run("status", "asked")
+    assert code == 0 and output.startswith("asked: interrupted, ") and f"new {saved.name}" in output
+    code, output = workplace.run("resume", "asked")
+    assert code == 0, output
+    asked, clean = workplace.report("asked"), workplace.report("gn1")
+    for key in (*KEYS, "criterion_met"):
+        assert asked[key] == clean[key], key
+    assert workplace.batch_ids("asked", "new") == workplace.batch_ids("gn1", "new")
+    assert workplace.losses("asked", "new") == workplace.losses("gn1", "new")
