@@ -20,6 +20,7 @@ from torch import nn
 
 from launch.bridge import some_identities
 from launch.job import Job, OldModel, embedded
+from launch.parts import open_parts
 from launch.prepare import open_old_model
 from launch.stored import StoredOld, open_stored
 from lce_dist.compat.closed_form import PairSums, least_squares
@@ -31,7 +32,7 @@ from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import load_weights, save_weights
 from lce_dist.training.checkpoint import load_network
 from lce_dist.world import World
-from pipelines.manifest import PackedDataset, View, split_identities
+from pipelines.manifest import PackedDataset, View
 
 RANKING = "ranking.json"
 BEST = "best.safetensors"
@@ -76,15 +77,13 @@ def look(job: Job, step: int) -> Look | None:
         return None
     net.eval().requires_grad_(False)
     dataset = PackedDataset.open(job.data_dir)
-    split = split_identities(
-        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
-    )
-    test = _some(dataset.select(split.heldout), config.run.seed, config.checkpoint.evaluate_images)
+    parts = open_parts(config.data, job.base_dir, dataset)
+    test = _some(parts.view("heldout"), config.run.seed, config.checkpoint.evaluate_images)
     new = _set(job, "new", net, config.new.embedding_dim, test, alone)
     old = _old_set(job, dataset, test, alone, "test")
     query, gallery = new, old
     if config.compat.manner != "direct":
-        fitted_on = _some(dataset.select(split.train), config.run.seed, config.checkpoint.evaluate_images)
+        fitted_on = _some(parts.view("train"), config.run.seed, config.checkpoint.evaluate_images)
         new_fit = _set(job, "new", net, config.new.embedding_dim, fitted_on, alone)
         old_fit = _old_set(job, dataset, fitted_on, alone, "train")
         if config.compat.manner == "backward":

@@ -102,9 +102,9 @@ def plain(found: Generations, far: float) -> dict[str, Any]:
 
 
 def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrade:
+    from launch.parts import open_parts
     from launch.prepare import prepare_data
     from lce_dist.config import parse_config
-    from pipelines.manifest import split_identities
 
     resolved = directory / "resolved.json"
     if not resolved.is_file() or not (directory / "report.json").is_file():
@@ -115,10 +115,7 @@ def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrad
         raise ConfigError(f"{resolved} is damaged ({error}); run the same command again") from None
     config = parse_config(values, str(resolved), json_mode=True)
     dataset = prepare_data(config.data, directory.parent / ".cache", progress)
-    split = split_identities(
-        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
-    )
-    return _Upgrade(directory, config, dataset, split)
+    return _Upgrade(directory, config, dataset, open_parts(config.data, Path(), dataset).identities)
 
 
 def generations_of(upgrades: Sequence[_Upgrade], far: float, progress: Callable[[str, int, int], None]) -> Generations:

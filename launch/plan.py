@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from launch.parts import open_parts
 from lce_dist import planning
 from lce_dist.config import Config
 from lce_dist.errors import ConfigError, SetupError
 from lce_dist.models.catalog import build_net
 from lce_dist.planning import Fix, Machine, Plan, SamplingGain
-from pipelines.manifest import MANIFEST_FILE, PackedDataset, split_identities
+from pipelines.manifest import MANIFEST_FILE, PackedDataset
 from pipelines.pack import source_fingerprint
 
 GPU_KINDS = (*planning.MACHINES, "cpu")
@@ -107,8 +108,7 @@ def _counted(config: Config) -> tuple[int, int]:
             "give --classes and --images, or pack it with 'lce data pack'"
         )
     dataset = PackedDataset.open(directory)
-    split = split_identities(dataset.identities, data.heldout_identities, data.old_identities, data.split_seed)
-    view = dataset.select(split.train)
+    view = open_parts(data, Path(), dataset).view("train")
     return view.num_classes, view.num_samples
 
 

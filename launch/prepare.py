@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from launch.pair_sets import file_fingerprint, open_pair_sets
+from launch.parts import Part, Parts, open_parts
 from launch.stored import check_against_vectors, open_stored
 from lce_dist.compat.methods import find_method
 from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
@@ -27,7 +28,7 @@ from lce_dist.models.preprocess import InputSpec
 from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
 from pipelines.attributes import Columns, attributes_of, drawn_attributes
-from pipelines.manifest import IdentitySplit, PackedDataset, split_identities
+from pipelines.manifest import IdentitySplit, PackedDataset
 from pipelines.pack import pack_folder, pack_images, source_fingerprint
 from pipelines.synthetic import identity_key, photos
 
@@ -42,7 +43,7 @@ class Prepared:
     """The packed data set and who sees what of it."""
 
     dataset: PackedDataset
-    split: IdentitySplit
+    parts: Parts
     plans: dict[str, StagePlan]
     old_weights: str | None  # fingerprint of weights and preprocessing, or of stored vectors
     new_weights: str | None  # fingerprint
@@ -50,10 +51,14 @@ class Prepared:
     pair_sets: tuple[str, ...]  # fingerprints of evaluation.pairs
     attributes: str | None  # fingerprint of evaluation.attributes
 
+    @property
+    def split(self) -> IdentitySplit:
+        return self.parts.identities
+
     def identity(self, config: Config) -> dict[str, object]:
         """All that the trained weights depend on: settings, data, given weights and rows."""
         given: dict[str, object] = {"old_weights": self.old_weights, "new_weights": self.new_weights}
-        given |= {"first_rows": self.first_rows}
+        given |= {"first_rows": self.first_rows, "split": self.parts.fingerprint}
         return {**config.training_values(), "data_content": self.dataset.fingerprint, **given}
 
     def examination(self, config: Config) -> dict[str, object]:
@@ -135,10 +140,8 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             old_weights = open_stored(vectors, dataset, config.old.embedding_dim, cache).fingerprint
         else:
             check_against_vectors(old_model, vectors, dataset, config.data.image_size, cache)
-    split = split_identities(
-        dataset.identities, config.data.heldout_identities, config.data.old_identities, config.data.split_seed
-    )
-    heldout = dataset.select(split.heldout)
+    parts = open_parts(config.data, Path(), dataset)
+    heldout = parts.view("heldout")
     heldout_attributes(config, Path(), dataset, heldout.sample_ids)
     if config.evaluation.pairs and config.old.weights is None and config.old.vectors is not None:
         raise ConfigError(
@@ -148,22 +151,22 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     pair_sets = open_pair_sets(config.evaluation.pairs, Path(), cache, progress)
     if np.bincount(heldout.labels).max() < 2:
         raise DataError(
-            f"none of the {len(split.heldout)} held-out identities has 2 images; evaluation compares images of one "
+            f"none of the {heldout.num_classes} held-out identities has 2 images; evaluation compares images of one "
             "identity. Raise data.heldout_identities, change data.split_seed, or bring more images"
         )
     plans: dict[str, StagePlan] = {}
-    networks: dict[str, tuple[tuple[str, ...], OldConfig | NetConfig]]
-    networks = {"old": (split.old, config.old), "new": (split.train, config.new)}
+    networks: dict[str, tuple[Part, OldConfig | NetConfig]]
+    networks = {"old": ("old", config.old), "new": ("train", config.new)}
     if with_independent:
-        networks["independent"] = (split.train, config.new)
-    for name, (identities, section) in networks.items():
+        networks["independent"] = ("train", config.new)
+    for name, (part, section) in networks.items():
         if section.weights is None and not (name == "old" and config.old.vectors is not None):
-            view = dataset.select(identities)
-            plans[name] = plan_stage(config, len(view.sample_ids), len(identities), section.epochs, num_ranks)
+            view = parts.view(part)
+            plans[name] = plan_stage(config, view.num_samples, view.num_classes, section.epochs, num_ranks)
     fingerprints = tuple(one.fingerprint for one in pair_sets)
     named = config.evaluation.attributes
     attributes = None if named is None else file_fingerprint(Path(named))
-    return Prepared(dataset, split, plans, old_weights, new_weights, first_rows, fingerprints, attributes)
+    return Prepared(dataset, parts, plans, old_weights, new_weights, first_rows, fingerprints, attributes)
 
 
 def open_old_model(config: Config, base_dir: Path, device: torch.device) -> FrozenModel:

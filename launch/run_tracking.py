@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from launch.parts import Part
 from launch.prepare import Prepared, fingerprint_of
 from launch.report import open_report
 from launch.sheet import sheet_of
@@ -46,9 +47,14 @@ class RunTracking:
             },
         )
         source = config.data.images or config.data.shards or "drawn"
-        parts = (("old model", split.old, "training"), ("new model", split.train, "training"))
-        for part, identities, context in (*parts, ("held out", split.heldout, "evaluation")):
-            view = dataset.select(identities)
+        told: tuple[tuple[str, Part, str], ...]
+        told = (
+            ("old model", "old", "training"),
+            ("new model", "train", "training"),
+            ("held out", "heldout", "evaluation"),
+        )
+        for part, which, context in told:
+            view = prepared.parts.view(which)
             profile = {"images": view.num_samples, "identities": view.num_classes, "image_size": config.data.image_size}
             tracker.log_input("parent", part, view.fingerprint[:16], context, source, profile)
         resolved = self._run_dir / "resolved.json"
