@@ -66,6 +66,7 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
 
 
 def _client():  # type: ignore[no-untyped-def]
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.ERROR)  # it tells of every file that it packs
@@ -74,7 +75,7 @@ def _client():  # type: ignore[no-untyped-def]
         raise SetupError("RAY_ADDRESS is not set; --target ray needs it, for example RAY_ADDRESS=http://HEAD:8265")
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
         raise SetupError(
             f"Ray cluster {address} takes no jobs: {_first_line(error)}. Check RAY_ADDRESS and RAY_AUTH_TOKEN"
         ) from None

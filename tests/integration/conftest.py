@@ -21,6 +21,7 @@ from PIL import Image
 from pipelines.synthetic import draw_photo
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+CANARY = "canary-7f3a91c2"  # a secret of the environment, which must be found nowhere
 CONFIG = """
 [run]
 name = "small"
@@ -64,7 +65,8 @@ class Workplace:
 
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-        return {**kept, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+        secrets = {"MLFLOW_TRACKING_PASSWORD": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY, "SOME_API_TOKEN": CANARY}
+        return {**kept, **secrets, "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from launch.beside import look
 from launch.job import Job
 from lce_dist.config import parse_config
-from tests.integration.conftest import Workplace, wait_for, workers_of
+from tests.integration.conftest import CANARY, Workplace, wait_for, workers_of
 
 KEYS = ("old_old", "new_old", "new_new")
 
@@ -101,6 +101,14 @@ def test_mlflow_holds_the_run(workplace: Workplace, undisturbed: str) -> None:
     inputs = {one.dataset.name for one in parent.inputs.dataset_inputs}
     assert inputs == {"old model", "new model", "held out"}
     assert {a.path for a in client.list_artifacts(parent.info.run_id)} >= {"report.html", "report.json", "gate.json"}
+
+
+def test_a_secret_of_the_environment_is_left_nowhere(workplace: Workplace, undisturbed: str) -> None:
+    assert CANARY not in undisturbed
+    files = [path for path in (workplace.folder / "runs").rglob("*") if path.is_file()]
+    assert len(files) > 50 and any(path.name == "mlflow.db" for path in files)
+    told = [path.name for path in files if CANARY.encode() in path.read_bytes()]
+    assert told == []
 
 
 def test_the_same_command_again_shows_the_report(workplace: Workplace, undisturbed: str) -> None:

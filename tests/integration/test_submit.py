@@ -72,6 +72,14 @@ def test_too_few_nodes_is_an_error_with_its_exit_code(workplace: Workplace, clus
     assert "--nodes is 3; the cluster has 1 nodes" in output
 
 
+def test_without_the_token_nothing_is_told(workplace: Workplace, cluster: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "wrong").write_text("e" * 64)
+    for more in ({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}, {}):
+        environment = {"RAY_ADDRESS": cluster["RAY_ADDRESS"], "RAY_AUTH_MODE": "token", "HOME": str(tmp_path), **more}
+        code, output = workplace.run("status", **environment)
+        assert code == 4 and "lce-submitted" not in output and "Traceback" not in output, output
+
+
 def test_no_cluster_there(workplace: Workplace) -> None:
     code, output = workplace.run("train", "--config", "small.toml", RAY_ADDRESS="http://127.0.0.1:9")
     assert code == 4 and "http://127.0.0.1:9" in output.splitlines()[-1] and "Traceback" not in output
