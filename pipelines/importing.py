@@ -42,8 +42,8 @@ _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 _SIZE, _CHECKSUM = slice(124, 135), slice(148, 156)  # of a tar header
 _MEMBERS_BYTES = 5 * _BLOCK  # header and text of .cls and .id, header of .jpg
-_WRITE_BYTES = 8 << 20
-_TELL_EVERY = 64  # images
+_KEY_DIGITS = 9
+_BATCH_IMAGES, _BATCH_BYTES = 512, 8 << 20  # written together
 
 Progress = Callable[[int, int, int], None]
 
@@ -253,18 +253,29 @@ class PackJob:
         numbers_M = plan.order_M[first:end]
         path = self._shard_path(shard)
         partial = path.with_name(path.name + ".partial")
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[npt.NDArray[np.void]] = []
         names: list[str] = []
         skipped: list[tuple[str, str, str, int]] = []
         identity_of: dict[int, str] = {}
+        batch = Batch([], [], [], [])
+        old_labels = source.label_N[numbers_M]
+        labels = plan.label_C[old_labels].tolist()
+        samples = zip(range(first, end), numbers_M.tolist(), old_labels.tolist(), labels, strict=True)
         source.expect(numbers_M)
-        images, size = 0, 0
         with partial.open("wb", buffering=0) as file:
             tar = _TarStream(file)
-            old_labels = source.label_N[numbers_M]
-            labels = plan.label_C[old_labels].tolist()
-            sample = zip(numbers_M.tolist(), old_labels.tolist(), labels, strict=True)
-            for position, (number, old_label, label) in enumerate(sample, start=first):
+
+            def write_batch() -> None:
+                offsets = tar.add_samples(batch)
+                part = np.zeros(len(offsets), dtype=INDEX_DTYPE)
+                part["shard"], part["offset"], part["label"] = shard, offsets, batch.labels
+                part["size"] = [len(payload) for payload in batch.payloads]
+                rows.append(part)
+                told(len(offsets), int(part["size"].sum()))
+                batch.clear()
+
+            waiting = 0
+            for position, number, old_label, label in samples:
                 identity = identity_of.get(old_label) or identity_of.setdefault(old_label, source.identities[old_label])
                 try:
                     payload = source.read(number)
@@ -274,25 +285,22 @@ class PackJob:
                     if not settings.skip_bad:
                         raise DataError(f"{error}. With --bad skip such images are left out and listed") from None
                     skipped.append((source.name(number), identity, str(error), number))
-                    payload = b""
-                if payload:
-                    key = b"%09d" % position
-                    tar.add(key + b".cls", b"%d" % label)
-                    tar.add(key + b".id", identity.encode())
-                    rows.append((shard, tar.add(key + b".jpg", payload), len(payload), label))
-                    names.append(name)
-                images += 1
-                size += len(payload)
-                if images == _TELL_EVERY:
-                    told(images, size)
-                    images, size = 0, 0
+                    told(1, 0)
+                    continue
+                batch.add(position, label, identity, payload)
+                names.append(name)
+                waiting += len(payload)
+                if len(batch.payloads) == _BATCH_IMAGES or waiting >= _BATCH_BYTES:
+                    write_batch()
+                    waiting = 0
+            if batch.payloads:
+                write_batch()
             size_bytes, sha256 = tar.close()
             os.fsync(file.fileno())
-        told(images, size)
         record = None
-        if rows:
+        if names:
             partial.replace(path)
-            record = {"file": path.name, "size_bytes": size_bytes, "num_samples": len(rows), "sha256": sha256}
+            record = {"file": path.name, "size_bytes": size_bytes, "num_samples": len(names), "sha256": sha256}
         else:
             partial.unlink()
         facts = json.dumps({"shard": record, "skipped": skipped}).encode()
@@ -300,10 +308,30 @@ class PackJob:
         np.savez(
             stored,
             facts=np.frombuffer(facts, dtype=np.uint8),
-            rows=np.array(rows, dtype=INDEX_DTYPE),
+            rows=np.concatenate([np.zeros(0, dtype=INDEX_DTYPE), *rows]),
             names=hash_keys(names),
         )
         write_atomically(self._record_path(shard), stored.getvalue())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on their way into a tar: position in packing order, label, identity key and JPEG of each."""
+
+    positions: list[int]
+    labels: list[int]
+    identities: list[str]
+    payloads: list[bytes]
+
+    def add(self, position: int, label: int, identity: str, payload: bytes) -> None:
+        self.positions.append(position)
+        self.labels.append(label)
+        self.identities.append(identity)
+        self.payloads.append(payload)
+
+    def clear(self) -> None:
+        for part in (self.positions, self.labels, self.identities, self.payloads):
+            part.clear()
 
 
 class _TarStream:
@@ -311,8 +339,7 @@ class _TarStream:
 
     def __init__(self, file: io.RawIOBase | io.FileIO) -> None:
         self._file = file
-        self._parts: list[bytes | bytearray] = []
-        self._waiting = 0
+        self._parts: list[bytes | bytearray | memoryview] = []
         self._offset = 0
         self._hash = hashlib.sha256()
         # A fixed time and owner: the same images must give the same bytes.
@@ -334,10 +361,60 @@ class _TarStream:
         self._parts += (header, payload, _ZEROS[:padding])
         begin = self._offset + _BLOCK
         self._offset = begin + size + padding
-        self._waiting += _BLOCK + size + padding
-        if self._waiting >= _WRITE_BYTES:
-            self._flush()
         return begin
+
+    def add_samples(self, batch: Batch) -> Int64Array:
+        """Append .cls, .id and .jpg of each sample; returns where the JPEGs begin."""
+        keys = [identity.encode() for identity in batch.identities]
+        if batch.positions[-1] >= 10**_KEY_DIGITS or max(map(len, keys)) > _BLOCK:
+            return self.add_samples_one_by_one(batch)
+        sizes_B = np.array([len(payload) for payload in batch.payloads], dtype=np.int64)
+        heads = self._heads(batch, keys, sizes_B).reshape(-1).data
+        padding_B = -sizes_B % _BLOCK
+        for place, (payload, padding) in enumerate(zip(batch.payloads, padding_B.tolist(), strict=True)):
+            self._parts += (heads[place * _MEMBERS_BYTES : (place + 1) * _MEMBERS_BYTES], payload, _ZEROS[:padding])
+        ends_B = self._offset + np.cumsum(_MEMBERS_BYTES + sizes_B + padding_B)
+        self._offset = int(ends_B[-1])
+        self._flush()
+        begins: Int64Array = ends_B - sizes_B - padding_B
+        return begins
+
+    def add_samples_one_by_one(self, batch: Batch) -> Int64Array:
+        """As :meth:`add_samples`, for keys of any length."""
+        begins = []
+        for position, label, identity, payload in zip(
+            batch.positions, batch.labels, batch.identities, batch.payloads, strict=True
+        ):
+            key = b"%09d" % position
+            self.add(key + b".cls", b"%d" % label)
+            self.add(key + b".id", identity.encode())
+            begins.append(self.add(key + b".jpg", payload))
+        self._flush()
+        return np.array(begins, dtype=np.int64)
+
+    def _heads(self, batch: Batch, keys: list[bytes], sizes_B: Int64Array) -> npt.NDArray[np.uint8]:
+        """(B, 5, 512): header and text of .cls, header and text of .id, header of .jpg."""
+        count = len(keys)
+        positions_B = np.array(batch.positions, dtype=np.int64)
+        digits_BK = positions_B[:, None] // 10 ** np.arange(_KEY_DIGITS - 1, -1, -1) % 10 + ord("0")
+        texts = [b"%d" % label for label in batch.labels]
+        heads = np.zeros((count, 5, _BLOCK), dtype=np.uint8)
+        heads[:, 1, :20] = np.array(texts, dtype="S20").view(np.uint8).reshape(count, 20)
+        heads[:, 3] = np.array(keys, dtype=f"S{_BLOCK}").view(np.uint8).reshape(count, _BLOCK)
+        members = (
+            (0, b".cls", np.array([len(one) for one in texts])),
+            (2, b".id", np.array([len(one) for one in keys])),
+        )
+        for place, ending, sizes in (*members, (4, b".jpg", sizes_B)):
+            header = heads[:, place]
+            header[:] = np.frombuffer(self._blank, dtype=np.uint8)
+            header[:, :_KEY_DIGITS] = digits_BK
+            header[:, _KEY_DIGITS : _KEY_DIGITS + len(ending)] = np.frombuffer(ending, dtype=np.uint8)
+            header[:, _SIZE] = _octal(sizes, 11)
+            checksums = header.sum(axis=1, dtype=np.int64)
+            header[:, _CHECKSUM] = np.frombuffer(b"000000\0 ", dtype=np.uint8)
+            header[:, _CHECKSUM.start : _CHECKSUM.start + 6] = _octal(checksums, 6)
+        return heads
 
     def close(self) -> tuple[int, str]:
         """End the archive; returns its size and SHA-256."""
@@ -350,10 +427,15 @@ class _TarStream:
 
     def _flush(self) -> None:
         chunk = memoryview(b"".join(self._parts))
-        self._parts, self._waiting = [], 0
+        self._parts = []
         self._hash.update(chunk)
         while chunk:
             chunk = chunk[self._file.write(chunk) or 0 :]
+
+
+def _octal(values: npt.NDArray[np.int64], num_digits: int) -> npt.NDArray[np.int64]:
+    """(B,) -> (B, num_digits) ASCII codes."""
+    return (values[:, None] >> 3 * np.arange(num_digits - 1, -1, -1) & 7) + ord("0")
 
 
 def _pack_job(source: Source, settings: ImportSettings, work: Path, dropped: tuple[int, ...]) -> PackJob:

@@ -24,6 +24,7 @@ MAGIC = 0xCED7230A
 FIRST_COLLAPSE = 2**24  # the first whole number that float32 gives to its neighbour too
 
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
+_START = struct.Struct("<II")
 _WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
 _LENGTH_BITS = 29
 _FRAME_BYTES, _HEADER_BYTES = 8, 24
@@ -52,8 +53,13 @@ class RecordSource:
             self.files.advise(self.path, int(self.span_N[number]), int(self.offset_N[number]))
 
     def read(self, number: int) -> bytes:
-        offset = int(self.offset_N[number])
-        record = join_parts(self.path, offset, self.files.read(self.path, int(self.span_N[number]), offset))
+        offset, span = int(self.offset_N[number]), int(self.span_N[number])
+        framed = self.files.read(self.path, span, offset)
+        if len(framed) == span and framed.startswith(_MAGIC_BYTES):
+            word, num_labels = _START.unpack_from(framed, 4)
+            if word == span - _FRAME_BYTES:  # whole, as nearly all are
+                return framed[_FRAME_BYTES + _HEADER_BYTES + 4 * num_labels :]
+        record = join_parts(self.path, offset, framed)
         num_labels = int.from_bytes(record[:4], "little")
         return record[_HEADER_BYTES + 4 * num_labels :]
 

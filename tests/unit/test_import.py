@@ -28,7 +28,7 @@ from lce_dist.keys import hash_keys
 from pipelines.folders import FileSource, open_folder
 from pipelines.images import ImageRules, as_jpeg, check_decodes, is_plain_jpeg
 from pipelines.importable import Texts
-from pipelines.importing import ImportSettings, import_images, make_plan
+from pipelines.importing import Batch, ImportSettings, _TarStream, import_images, make_plan
 from pipelines.manifest import PackedDataset, verify_checksums
 from pipelines.order import derive_key, permute
 from pipelines.reading import ShardReader
@@ -103,6 +103,32 @@ def test_webdataset_and_tarfile_read_the_shards(tree: Path, tmp_path: Path) -> N
         assert {(member.mode, member.mtime, member.uid, member.type) for member in members} == {(0o444, 0, 0, b"0")}
         found += [(number, one.offset_data, one.size) for one in members if one.name.endswith(".jpg")]
     assert dataset.index[["shard", "offset", "size"]].tolist() == found
+
+
+def test_many_headers_at_once_are_those_of_one_by_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    batch = Batch(
+        [0, 7, 123456789, 999999999],
+        [0, 10**9, 5, 2**40],
+        ["a", "späte/" * 50, "x" * 512, "b"],
+        [rng.bytes(size) for size in (1, 512, 513, 70_000)],
+    )
+    fast, slow = (tmp_path / "fast.tar").open("wb", buffering=0), (tmp_path / "slow.tar").open("wb", buffering=0)
+    with fast, slow:
+        one, other = _TarStream(fast), _TarStream(slow)
+        for _ in range(2):
+            assert one.add_samples(batch).tolist() == other.add_samples_one_by_one(batch).tolist()
+        assert one.close() == other.close()
+    assert (tmp_path / "fast.tar").read_bytes() == (tmp_path / "slow.tar").read_bytes()
+
+
+def test_a_key_longer_than_a_block(tmp_path: Path) -> None:
+    key = "/".join(["k" * 100] * 7)
+    (tmp_path / "in" / key).mkdir(parents=True)
+    (tmp_path / "in" / key / "1.jpg").write_bytes(encoded(1))
+    dataset = import_images(open_folder(tmp_path / "in"), tmp_path / "out", SMALL, 1).dataset
+    [sample] = webdataset.WebDataset([str(dataset.shard_path(0))], shardshuffle=False)
+    assert sample["id"].decode() == key and sample["jpg"] == encoded(1)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
