@@ -24,6 +24,7 @@ import numpy.typing as npt
 from lce_dist.errors import DataError, RunError
 from lce_dist.keys import hash_keys
 from pipelines import manifest as packed
+from pipelines.importing import SKIPPED_FILE
 from pipelines.manifest import (
     INDEX_DTYPE,
     PackedDataset,
@@ -35,6 +36,7 @@ from pipelines.manifest import (
 )
 from pipelines.members import END_OF_TAR, BrokenTarError, Member, member_bytes, padded, read_members
 from pipelines.order import Int64Array
+from pipelines.pairs import PAIRS_FILE
 from pipelines.verify import samples_by_shard
 
 Progress = Callable[[str, int, int], None]
@@ -304,7 +306,7 @@ def remove(
         if not is_gone.any():
             return Removed(0, (), 0, (), finished, unknown)
         try:
-            removed = _build(dataset, is_gone, frozenset(identities), new, count)
+            removed = _build(dataset, is_gone, frozenset(identities), frozenset(images), new, count)
             PackedDataset.open(new)
             _sync((*(place for place in new.iterdir() if place.is_file()), new))
             _take_place(new, directory, old)
@@ -409,7 +411,12 @@ def _members(dataset: PackedDataset, shard: int) -> Iterator[Member]:
 
 
 def _build(
-    dataset: PackedDataset, is_gone: npt.NDArray[np.bool_], identities: frozenset[str], new: Path, count: Progress
+    dataset: PackedDataset,
+    is_gone: npt.NDArray[np.bool_],
+    identities: frozenset[str],
+    images: frozenset[str],
+    new: Path,
+    count: Progress,
 ) -> tuple[tuple[str, ...], int, tuple[str, ...]]:
     """Write the data set without some samples into ``new``; what does not change is linked."""
     new.mkdir()
@@ -444,7 +451,6 @@ def _build(
         names_N2 = hash_keys([f"{dataset.fingerprint}:{sample}" for sample in np.flatnonzero(~is_gone).tolist()])
     else:
         names_N2 = np.asarray(names[~is_gone])
-    others = _carry(dataset, new, stale)
     new_sample = np.cumsum(~is_gone) - 1
     listed = read_quarantine(dataset.directory, dataset.num_samples)
     write_quarantine(
@@ -452,6 +458,8 @@ def _build(
         [Quarantined(int(new_sample[one.sample]), one.key, one.reason) for one in listed if not is_gone[one.sample]],
     )
     write_description(new, dataset.manifest.name, records, index, kept, dataset.manifest.source, names_N2)
+    gone_names = set() if names is None else {row.tobytes() for row in np.asarray(names[is_gone])}
+    others = _carry(dataset, new, stale, _Gone(frozenset((*left, *identities)) | images, gone_names))
     return left, num_rewritten, others
 
 
@@ -501,13 +509,34 @@ def _next_name(file: str) -> str:
     return f"{earlier[1]}-r{int(earlier[2]) + 1}.tar" if earlier else f"{stem}-r1.tar"
 
 
-def _carry(dataset: PackedDataset, new: Path, stale: set[str]) -> tuple[str, ...]:
-    """Files beside the data set that are not part of it come along as they are; their names are returned."""
+@dataclass(frozen=True)
+class _Gone:
+    """What lists beside the data set must not name any more: identity keys and image names, and hashes of such names."""
+
+    texts: frozenset[str]
+    name_hashes: set[bytes]
+
+    def is_named(self, cells: Sequence[str]) -> bool:
+        return any(cell in self.texts for cell in cells) or any(
+            row.tobytes() in self.name_hashes for row in hash_keys(cells)
+        )
+
+
+def _carry(dataset: PackedDataset, new: Path, stale: set[str], gone: _Gone) -> tuple[str, ...]:
+    """Files beside the data set come along: lists that importing left without who is gone, others, whose names are returned,
+    as they are.
+    """
     own = {packed.MANIFEST_FILE, packed.INDEX_FILE, packed.IDENTITIES_FILE, packed.NAMES_FILE, packed.QUARANTINE_FILE}
     own |= {record.file for record in dataset.manifest.shards} | stale
     others = []
     for place in sorted(dataset.directory.iterdir()):
-        if place.name in own or place.name.endswith(".partial"):
+        if place.name in own or place.name.endswith(".partial") or (new / place.name).exists():
+            continue
+        if place.name in (SKIPPED_FILE, PAIRS_FILE):
+            with open(place, encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.reader(file) if not gone.is_named(row)]
+            with open(new / place.name, "w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
             continue
         if place.is_dir():
             shutil.copytree(place, new / place.name, symlinks=True, copy_function=_link)

@@ -32,6 +32,8 @@ from PIL import Image
 from lce_dist.errors import DataError
 from pipelines import manifest as packed
 from pipelines.duplicates import Hashes, confirmed, exact_hash, looks_hash, near_pairs, same_groups
+from pipelines.images import check_decodes
+from pipelines.importable import number_key
 from pipelines.manifest import Manifest, PackedDataset, Quarantined, ShardRecord, file_sha256, is_url, read_quarantine
 from pipelines.members import BrokenTarError, Member, read_members
 from pipelines.order import Int64Array
@@ -42,7 +44,6 @@ Progress = Callable[[str, int, int], None]
 KINDS = ("data-set", "shard", "tar", "index", "unindexed", "label", "undecodable", "duplicate", "look-alike")
 NOT_QUARANTINED = frozenset(("look-alike",))
 MOST_LISTED = 10_000  # of a kind in a shard; more means that the shard or the index is another one
-MAX_IMAGE_PIXELS = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -315,6 +316,7 @@ def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
     except BrokenTarError as error:
         found.add(Finding("tar", str(error), name))
     pointed = set()
+    labels: list[Finding] = []
     numbering: set[tuple[int, int]] = set()
     fields = zip(
         work.samples.tolist(),
@@ -335,11 +337,17 @@ def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
             detail = f"sample {sample} has {row_size} bytes in the index and {image.size} in the tar"
             found.add(Finding("index", detail, name, image.name, sample))
             continue
-        problem = _label_problem(work, label, said.get(image.sample, {}), numbering)
+        beside = said.get(image.sample, {})
+        problem = (
+            _label_problem(work, label, beside, numbering) if work.owned else _foreign_problem(work, label, beside)
+        )
         if problem is not None:
-            found.add(Finding("label", problem, name, image.name, sample))
+            labels.append(Finding("label", problem, name, image.name, sample))
         if work.decode or work.hashes:
             _check_image(work, found, place, image, sample, tar[offset : offset + row_size])
+    if work.owned or 2 * len(labels) <= len(pointed):  # otherwise what lies beside images there is not whose they are
+        for finding in labels:
+            found.add(finding)
     if work.owned:
         for offset, image in images.items():
             if offset not in pointed:
@@ -368,22 +376,33 @@ def _label_problem(work: ShardWork, label: int, said: dict[str, bytes], numberin
     return None
 
 
+def _foreign_problem(work: ShardWork, label: int, said: dict[str, bytes]) -> str | None:
+    """Beside an image of tars that were only indexed, .id or else .cls should be the key, or the number of which the key was made."""
+    if label not in work.keys:
+        return f"label {label}; must be 0 to {work.num_labels - 1}"
+    kind = "id" if "id" in said else "cls"
+    text = said.get(kind, b"").decode("utf-8", "replace").strip()
+    made = number_key(int(text)) if text.isdecimal() and len(text) <= 18 else text
+    if text and work.keys[label] not in (text, made):
+        return f"the index says {work.keys[label]!r} (label {label}); .{kind} says {text[:40]!r}"
+    return None
+
+
 def _check_image(work: ShardWork, found: ShardFound, place: int, image: Member, sample: int, payload: bytes) -> None:
     found.state_n[place] = _READ
     if work.hashes:
         found.exact_n2[place] = exact_hash(payload)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(payload)) as picture:
-                if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                    raise ValueError(f"{picture.width} x {picture.height} pixels, more than {MAX_IMAGE_PIXELS}")
-                if work.decode:
-                    picture.load()
-            if work.hashes:
+        if work.decode:
+            check_decodes(payload, f"{work.record.file}:{image.name}")
+        if work.hashes:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 with Image.open(io.BytesIO(payload)) as picture:
                     found.looks_n[place] = looks_hash(picture)
-                found.state_n[place] = _DECODED
+            found.state_n[place] = _DECODED
+    except DataError as error:
+        found.add(Finding("undecodable", str(error), work.record.file, image.name, sample))
     except Exception as error:  # noqa: BLE001 (Pillow raises whatever its decoders meet first)
         reason = str(error).split("\n", 1)[0].split(" <_io", 1)[0] or type(error).__name__
         found.add(Finding("undecodable", reason, work.record.file, image.name, sample))

@@ -160,6 +160,15 @@ def test_what_is_removed_is_gone_and_the_rest_is_as_it_was(faces: Path) -> None:
     assert listed(faces.parent) == ["faces"]
 
 
+def test_lists_that_importing_left_do_not_name_them_any_more(faces: Path) -> None:
+    (faces / "skipped.csv").write_text("name,identity,reason\nzoe-private/9.jpg,zoe-private,empty\nx/1.jpg,ann,empty\n")
+    (faces / "pairs.csv").write_text("first,second,genuine\nann/0.jpg,zoe-private/1.jpg,0\nann/0.jpg,zz/0.jpg,0\n")
+    assert remove(faces, ["zoe-private"], ["ann/5.jpg"]).others == ("notes.txt",)
+    assert (faces / "skipped.csv").read_text() == "name,identity,reason\nx/1.jpg,ann,empty\n"
+    assert (faces / "pairs.csv").read_text() == "first,second,genuine\nann/0.jpg,zz/0.jpg,0\n"
+    assert holds(faces.parent, "zoe-private") == []
+
+
 def test_images_go_by_name_and_by_member(faces: Path) -> None:
     dataset = PackedDataset.open(faces)
     before = contents(faces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +15,12 @@ from PIL import Image
 
 from launch.cli import main
 from lce_dist.errors import DataError
+from pipelines.images import ImageRules
+from pipelines.importing import ImportSettings
 from pipelines.manifest import PackedDataset, file_sha256, read_quarantine, write_description
 from pipelines.members import read_members
 from pipelines.pack import pack_images
+from pipelines.tars import index_tars
 from pipelines.verify import Report, to_quarantine, verify
 
 KEYS = ("ann", "bob", "cai", "dee")
@@ -239,6 +243,32 @@ def test_shards_at_a_url_are_needed_on_a_disk(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(values | {"root": "s3://bucket/faces"}))
     with pytest.raises(DataError, match="on a disk"):
         verify(copy)
+
+
+@pytest.mark.parametrize("kind", ["cls", "id", "json"])
+def test_tars_that_were_only_indexed_have_their_own_labels(tmp_path: Path, kind: str) -> None:
+    """Numbers of any origin are no findings; one of them beside the wrong image is, where they were what was indexed."""
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for number in range(9):
+            text = json.dumps({"label": f"p{number % 3}"}) if kind == "json" else str(40 + number % 3)
+            beside = [(kind, text.encode()), ("jpg", jpeg(number))]
+            if kind == "json":
+                beside.insert(0, ("cls", str(number).encode()))  # says nothing about the person
+            for ending, payload in beside:
+                header = tarfile.TarInfo(f"s{number}.{ending}")
+                header.size = len(payload)
+                tar.addfile(header, io.BytesIO(payload))
+    settings = ImportSettings(name="tars", images=ImageRules(decode=False))
+    label_key = "label" if kind == "json" else None
+    out = tmp_path / "out"
+    index_tars([tmp_path / "tars" / "0.tar"], tmp_path / "tars", out, settings, 1, label_key)
+    assert verify(out, decode=True, num_workers=1).findings == ()
+    index = np.array(np.load(out / "index.npy"))
+    index["label"][4] = (index["label"][4] + 1) % 3
+    np.save(out / "index.npy", index)
+    wrong = [("label", 4)] if kind != "json" else []
+    assert found(verify(out, num_workers=1)) == [("data-set", None), *wrong]
 
 
 def test_too_many_are_no_matter_of_single_samples(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
