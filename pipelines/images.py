@@ -21,6 +21,7 @@ JPEG_QUALITY = 95  # of images that arrive in another format
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _OTHER_FRAMES = tuple(code for code in range(0xC3, 0xD0) if code not in (0xC4, 0xC8, 0xCC))
 _STAND_ALONE = (0x01, *range(0xD0, 0xD9))
+_NO_SEGMENT = frozenset((*_PLAIN_FRAMES, *_OTHER_FRAMES, *_STAND_ALONE, 0x00, 0xD9, 0xDA, 0xFF))
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,17 @@ def is_plain_jpeg(payload: bytes) -> bool:
     at = 2
     while at + 10 <= len(payload) and payload[at] == 0xFF:
         marker = payload[at + 1]
-        if marker == 0xFF:  # fill bytes may stand before a marker
+        if marker not in _NO_SEGMENT:
+            at += 2 + (payload[at + 2] << 8 | payload[at + 3])
+        elif marker == 0xFF:  # fill bytes may stand before a marker
             at += 1
         elif marker in _PLAIN_FRAMES:
             bits, height, width, channels = struct.unpack_from(">BHHB", payload, at + 4)
             return bits == 8 and channels in (1, 3) and 0 < width * height <= MAX_IMAGE_PIXELS
-        elif marker in _OTHER_FRAMES or marker in (0x00, 0xD9, 0xDA):
-            return False
+        elif marker in _STAND_ALONE:
+            at += 2
         else:
-            at += 2 if marker in _STAND_ALONE else 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
+            return False
     return False
 
 

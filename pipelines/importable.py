@@ -94,10 +94,12 @@ class OpenFiles:
     def read(self, path: str, size: int, offset: int) -> bytes:
         return os.pread(self._descriptor(path), size, offset)
 
-    def advise(self, path: str, size: int, offset: int) -> None:
-        """Let the kernel fetch a range that is read soon."""
+    def advise(self, path: str, offsets: Sequence[int], sizes: Sequence[int]) -> None:
+        """Let the kernel fetch ranges that are read soon."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(path), offset, size, os.POSIX_FADV_WILLNEED)
+            descriptor = self._descriptor(path)
+            for offset, size in zip(offsets, sizes, strict=True):
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         while self._descriptors:

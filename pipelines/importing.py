@@ -104,7 +104,7 @@ def import_images(
     the source. With ``skip_bad`` images that cannot be read or decoded are listed in ``skipped.csv``, and an identity
     without any other image is left out.
     Errors: DataError for a bad image, a foreign ``out`` or an unfinished import of something else; SetupError when the disk
-    refuses. **Memory**: 40 bytes an image, and a shard's row groups or one image a worker.
+    refuses. **Memory**: about 150 bytes an image at the end, and a batch of images or the row groups of a shard a worker.
     """
     fingerprint = digest(
         json.dumps([_RULES, source.kind, settings.name, settings.shard_bytes, settings.seed, vars(settings.images)]),

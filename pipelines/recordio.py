@@ -47,13 +47,16 @@ class RecordSource:
     group_N: None = None
     in_order: bool = False
     files: OpenFiles = field(default_factory=OpenFiles)
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)  # offset and span of what is read next
 
     def expect(self, numbers: Int64Array) -> None:
-        for number in numbers.tolist():
-            self.files.advise(self.path, int(self.span_N[number]), int(self.offset_N[number]))
+        offsets, spans = self.offset_N[numbers].tolist(), self.span_N[numbers].tolist()
+        self.places.clear()
+        self.places.update(zip(numbers.tolist(), zip(offsets, spans, strict=True), strict=True))
+        self.files.advise(self.path, offsets, spans)
 
     def read(self, number: int) -> bytes:
-        offset, span = int(self.offset_N[number]), int(self.span_N[number])
+        offset, span = self.places.get(number) or (int(self.offset_N[number]), int(self.span_N[number]))
         framed = self.files.read(self.path, span, offset)
         if len(framed) == span and framed.startswith(_MAGIC_BYTES):
             word, num_labels = _START.unpack_from(framed, 4)

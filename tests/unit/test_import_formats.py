@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
+import torch
 import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 
 from launch.cli import main
@@ -457,3 +459,28 @@ def test_each_format_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert main(["data", "import", str(source), str(out), "--workers", "1", "--no-decode"]) == 0
         assert "9 images of " in capsys.readouterr().out
         verify_checksums(PackedDataset.open(out))
+
+
+def test_training_batches_come_out_of_imported_records_and_of_indexed_tars(tmp_path: Path) -> None:
+    from pipelines.stream import ImageStream, block_plan
+
+    members = [
+        (f"{n}.{kind}", payload)
+        for n in range(8)
+        for kind, payload in (
+            ("cls", b"%d" % (n % 2)),
+            (("jpg", "png")[n % 2], encoded(n, ("JPEG", "PNG")[n % 2], (32, 32))),
+        )
+    ]
+    tar_of(tmp_path / "s" / "a.tar", members)
+    records = [image_record(n % 2, encoded(n, size=(32, 32))) for n in range(8)]
+    source, _ = open_records(written(tmp_path / "train.rec", records))
+    packed = import_images(source, tmp_path / "r-out", SMALL, 1).dataset
+    for dataset in (index(tmp_path / "s", tmp_path / "s-out").dataset, packed):
+        view = dataset.select(dataset.identities)
+        with ImageStream(view, block_plan(8, 0, 1, 8), 32, None, 1, torch.device("cpu")) as batches:
+            (batch,) = list(batches)
+        assert batch.labels.tolist() == dataset.index["label"].tolist()
+        for image, payload in zip(batch.images, ShardReader(dataset).read(np.arange(8)), strict=True):
+            pixels = np.asarray(Image.open(io.BytesIO(bytes(payload))), dtype=np.float64)
+            np.testing.assert_allclose(image.numpy(), (pixels / 127.5 - 1).transpose(2, 0, 1), atol=1e-6)
