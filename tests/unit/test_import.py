@@ -173,9 +173,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_repeats_no
         image = io.BytesIO()
         Image.fromarray(np.roll(noise, number, axis=1)).save(image, "JPEG", quality=70)
         (source / f"{number // 9:03d}" / f"{number}.jpg").write_bytes(image.getvalue())
-    started_s = time.monotonic()
     undisturbed = import_images(open_folder(source), tmp_path / "calm", ImportSettings(shard_bytes=300_000), 1)
-    took_s = time.monotonic() - started_s
     assert len(undisturbed.dataset.manifest.shards) > 20
     moments, kills, seen = random.Random(5), 0, []
     finished: dict[str, int] = {}
@@ -185,7 +183,10 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes_and_repeats_no
             [sys.executable, "-c", _RUN, str(source), str(out), workers], stdout=subprocess.PIPE, text=True
         )
         assert process.stdout is not None and process.stdout.readline() == "begins\n"
-        time.sleep(moments.uniform(0, took_s / 5) + (0.4 if workers == "2" else 0))
+        before, more = len(list(work.glob("records-0/*.npz"))), moments.randrange(4)
+        while process.poll() is None and len(list(work.glob("records-0/*.npz"))) < before + more:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.03))
         process.kill()
         process.communicate()
         if out.exists():  # it was quicker than the kill: once more from the start
