@@ -112,7 +112,7 @@ def near_pairs(
     The same as of trying all pairs, but for runs of more than 4,096 rows whose parts agree.
 
     The 64 bits are cut into parts; of ``max_distance + m`` parts, m agree. Rows are sorted by every choice of m parts and
-    compared within runs of equals. **Memory**: 24 bytes a row, and the pairs.
+    compared within runs of equals. **Memory**: 150 bytes a row, and the pairs.
     **Source**: Manku, Jain, Das Sarma, "Detecting near-duplicates for web crawling", WWW 2007, section 3.
     """
     num = len(looks_N)
@@ -132,6 +132,18 @@ def near_pairs(
         if progress is not None:
             progress(done + 1, len(choices))
     return found[0]
+
+
+def alike_pairs(looks_N: UInt64Array, progress: Callable[[int, int], None] | None = None) -> Int64Array:
+    """(P, 2) pairs i < j, in order, that are worth looking at: rows that are near, and of many equal ones each with the first.
+
+    Equal hashes, as of flat images, would otherwise make as many pairs as there are pairs of them.
+    """
+    values, first, place_N = np.unique(looks_N, return_index=True, return_inverse=True)
+    near = first[near_pairs(values, progress=progress)].reshape(-1, 2)
+    later = np.flatnonzero(first[place_N] != np.arange(len(looks_N)))
+    equal = np.stack((first[place_N[later]], later), axis=1)
+    return np.unique(np.sort(np.concatenate((near, equal)), axis=1), axis=0).astype(np.int64)
 
 
 def _pairs_of_equals(sorted_keys: UInt64Array) -> Iterator[tuple[Int64Array, Int64Array]]:

@@ -50,7 +50,8 @@ class Leak:
 
 
 def find_leaks(one: Side, other: Side, images_only: bool = False, progress: Progress | None = None) -> list[Leak]:
-    """Everything of ``one`` that ``other`` has too; of several equal images the first of each side is told.
+    """Everything of ``one`` that ``other`` has too; of several images that are equal, or whose looks
+    have one hash, the first of each side is told.
 
     images_only: people may be on both sides.
     """
@@ -68,7 +69,7 @@ def find_leaks(one: Side, other: Side, images_only: bool = False, progress: Prog
         told.add((left, right))
         leaks.append(_leak("image", one, other, left, right))
     mine, theirs = (side.samples[side.hashes.decoded_N[side.samples]] for side in (one, other))
-    mine, theirs = _first_of_equals(one, mine), _first_of_equals(other, theirs)
+    mine, theirs = _first_of_looks(one, mine), _first_of_looks(other, theirs)
     looks = np.concatenate((one.hashes.looks_N[mine], other.hashes.looks_N[theirs]))
     pairs = near_pairs(looks, progress=lambda done, of: count("comparing looks", done, of))
     pairs = pairs[(pairs[:, 0] < len(mine)) & (pairs[:, 1] >= len(mine))]
@@ -105,4 +106,10 @@ def _first_of_equals(side: Side, samples: Int64Array) -> Int64Array:
     exact = side.hashes.exact_N2[samples]
     samples, exact = samples[exact.any(axis=1)], exact[exact.any(axis=1)]
     _, first = np.unique(exact, axis=0, return_index=True)
+    return samples[np.sort(first)]
+
+
+def _first_of_looks(side: Side, samples: Int64Array) -> Int64Array:
+    """Of samples whose looks have one hash the first."""
+    _, first = np.unique(side.hashes.looks_N[samples], return_index=True)
     return samples[np.sort(first)]

@@ -31,7 +31,7 @@ from PIL import Image
 
 from lce_dist.errors import DataError
 from pipelines import manifest as packed
-from pipelines.duplicates import Hashes, confirmed, exact_hash, looks_hash, near_pairs, same_groups
+from pipelines.duplicates import Hashes, alike_pairs, confirmed, exact_hash, looks_hash, same_groups
 from pipelines.images import check_decodes
 from pipelines.importable import number_key
 from pipelines.manifest import Manifest, PackedDataset, Quarantined, ShardRecord, file_sha256, is_url, read_quarantine
@@ -96,7 +96,7 @@ def verify(
     """Check a packed data set whose shards are on a disk; a damaged one gives findings, not errors.
 
     Errors: DataError where there is no data set at all, or its shards are at a URL.
-    **Memory**: 8 bytes a sample, with ``duplicates`` 60 more.
+    **Memory**: 8 bytes a sample, with ``duplicates`` 200 more.
     """
     count = progress or (lambda what, done, total: None)
     parts = _opened(directory, count)
@@ -439,7 +439,7 @@ def duplicate_findings(dataset: PackedDataset, hashes: Hashes, count: Progress) 
             whose = f"one image of {len(owners)} identities; " if len(owners) > 1 else ""
             findings.append(_about(dataset, "duplicate", sample, f"{whose}the same bytes as {_named(dataset, other)}"))
     candidates = np.flatnonzero(hashes.decoded_N & is_first)
-    found = near_pairs(hashes.looks_N[candidates], progress=lambda done, of: count("comparing looks", done, of))
+    found = alike_pairs(hashes.looks_N[candidates], progress=lambda done, of: count("comparing looks", done, of))
     pairs = candidates[found] if len(found) else found
     sure = confirmed(pairs, reader_of(dataset), progress=lambda done, of: count("comparing pixels", done, of))
     for one, other in sure.tolist():

@@ -12,7 +12,16 @@ from PIL import Image, ImageEnhance
 
 import pipelines.duplicates as duplicates
 from lce_dist.config import SyntheticConfig
-from pipelines.duplicates import confirmed, exact_hash, looks_hash, near_pairs, num_bits, same_groups, thumbnail
+from pipelines.duplicates import (
+    alike_pairs,
+    confirmed,
+    exact_hash,
+    looks_hash,
+    near_pairs,
+    num_bits,
+    same_groups,
+    thumbnail,
+)
 from pipelines.synthetic import photos
 
 HASHES = st.lists(st.integers(0, 2**64 - 1), min_size=0, max_size=12)
@@ -38,6 +47,15 @@ def test_near_pairs_are_those_of_all_pairs(values: list[int], flips: list[list[i
     finally:
         duplicates._SMALL = before
     assert found.tolist() == slow_pairs(values, bound)
+
+
+@given(st.lists(st.sampled_from((0, 1, 3, 2**40, 2**40 + 1, 2**64 - 1)), max_size=14))
+def test_alike_pairs_are_near_pairs_and_reach_every_row_that_has_one(values: list[int]) -> None:
+    near = slow_pairs(values, duplicates.MAX_DISTANCE)
+    found = alike_pairs(np.array(values, dtype=np.uint64)).tolist()
+    assert found == sorted(found) and all(pair in near for pair in found)
+    assert {row for pair in found for row in pair} == {row for pair in near for row in pair}
+    assert len(found) <= len(values) + 15  # not all pairs of equals
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1))
