@@ -59,7 +59,7 @@ class Prepared:
         """All that the trained weights depend on: settings, data, given weights and rows."""
         given: dict[str, object] = {"old_weights": self.old_weights, "new_weights": self.new_weights}
         given |= {"first_rows": self.first_rows, "split": self.parts.fingerprint}
-        return {**config.training_values(), "data_content": self.dataset.fingerprint, **given}
+        return {**config.training_values(), "data_content": self.dataset.fingerprint_in_use, **given}
 
     def examination(self, config: Config) -> dict[str, object]:
         """All that the report of trained weights depends on."""

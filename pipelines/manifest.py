@@ -153,6 +153,13 @@ class PackedDataset:
     def fingerprint(self) -> str:
         return self.manifest.fingerprint
 
+    @property
+    def fingerprint_in_use(self) -> str:
+        """``fingerprint``, and which samples are quarantined."""
+        if not len(self.quarantined):
+            return self.fingerprint
+        return hashlib.sha256(f"{self.fingerprint} without {self.quarantined.tolist()}".encode()).hexdigest()
+
     def shard_location(self, shard: int) -> str:
         """Path or URL of the tar file that shard number ``shard`` of the index lies in."""
         root, file = self.manifest.root, self.manifest.shards[shard].file
@@ -176,6 +183,7 @@ class PackedDataset:
     def select(self, identity_keys: Iterable[str]) -> View:
         """The samples of some identities, relabelled 0 .. C-1 in the sorted order of the keys.
 
+        Quarantined samples are left out, and identities that have no others.
         Errors: DataError for an unknown or repeated key, or none at all.
         """
         keys = tuple(sorted(identity_keys))
@@ -190,10 +198,17 @@ class PackedDataset:
                 raise DataError(f"identity {key!r} was selected twice; name each once")
             new_labels[label_of[key]] = new_label
         labels = new_labels[self.index["label"]]
-        labels[self.quarantined] = -1
+        if len(self.quarantined):
+            labels[self.quarantined] = -1
+            kept = np.bincount(labels[labels >= 0], minlength=len(keys)) > 0
+            keys = tuple(key for key, is_kept in zip(keys, kept.tolist(), strict=True) if is_kept)
+            if not keys:
+                raise DataError(
+                    f"{self.directory}: {QUARANTINE_FILE} leaves no sample of those identities; look at its reasons"
+                )
+            labels = np.append(np.cumsum(kept) - 1, -1)[labels]
         sample_ids = np.flatnonzero(labels >= 0).astype(np.int64)
-        left_out = [f"quarantined {self.quarantined.tolist()}"] if len(self.quarantined) else []
-        digest = hashlib.sha256("\n".join((self.fingerprint, *keys, *left_out)).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join((self.fingerprint_in_use, *keys)).encode()).hexdigest()
         return View(self, sample_ids, labels[sample_ids], keys, digest)
 
 

@@ -295,7 +295,17 @@ def test_quarantined_samples_are_in_no_view(copy: Path) -> None:
     view = after.select(after.identities)
     assert after.quarantined.tolist() == [1, 4]
     assert view.sample_ids.tolist() == [one for one in whole.sample_ids.tolist() if one not in (1, 4)]
-    assert view.fingerprint != whole.fingerprint
+    assert view.fingerprint != whole.fingerprint and after.fingerprint_in_use != before.fingerprint_in_use
+    of_bob = np.flatnonzero(before.index["label"] == before.identities.index("bob")).tolist()
+    write_quarantine(copy, [Quarantined(one, "", "") for one in of_bob])
+    without = PackedDataset.open(copy).select(before.identities)
+    assert without.identities == tuple(key for key in before.identities if key != "bob")
+    assert set(without.labels.tolist()) == {0, 1, 2} and not set(of_bob) & set(without.sample_ids.tolist())
+    for sample, label in zip(without.sample_ids.tolist(), without.labels.tolist(), strict=True):
+        assert before.identities[before.index["label"][sample]] == without.identities[label]
+    with pytest.raises(DataError, match="leaves no sample of those"):
+        PackedDataset.open(copy).select(["bob"])
+    write_quarantine(copy, [Quarantined(4, "000000004.jpg", "cannot be decoded"), Quarantined(1, "1", "twice")])
     assert [one.reason for one in read_quarantine(copy, after.num_samples)] == ["twice", "cannot be decoded"]
     write_quarantine(copy, [])
     assert PackedDataset.open(copy).select(before.identities).fingerprint == whole.fingerprint
