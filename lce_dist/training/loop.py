@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from lce_dist.head.layer import ShardedHead
 from lce_dist.head.rows import initial_rows, local_classes
 from lce_dist.training.checkpoint import Checkpoints
 from lce_dist.training.engine import Engine
+from lce_dist.training.flight import FlightRecord
 from lce_dist.training.schedules import lr_at
 from lce_dist.training.step import Compatibility, LossTerms, train_step
 from lce_dist.world import World
@@ -80,7 +81,7 @@ def train_stage(
 
     ``batches_from(step)`` yields the batches of steps ``step``, ``step + 1``, ... of the run.
     Errors: RunError when the loss is not finite; no checkpoint is written from then on. CheckpointError for
-    checkpoints or a classifier that do not fit. Interrupted, on every rank in the same step, when it was asked to stop.
+    checkpoints or a classifier that do not fit. What ends it leaves ``flight-RANK.json`` beside the checkpoints. Interrupted, on every rank in the same step, when it was asked to stop.
     """
     optim = config.optim
     identity_SL = identity_tensor(stage.identities, local_classes(stage.num_classes, world)[0], world)
@@ -119,7 +120,8 @@ def train_stage(
     ids_log = _IdsLog(stage.directory / "batch_ids.tsv", first_step, hash_ids) if world.is_first else None
     engine.net.train()
     meter = _Meter()
-    with batches_from(first_step) as batches:
+    flight = FlightRecord(stage.directory / f"flight-{world.rank}.json", world.rank)
+    with _recorded(flight), batches_from(first_step) as batches:
         for step in range(first_step, stage.total_steps):
             # dropout is the only consumer; the same stream whether or not the run was interrupted
             torch.manual_seed(_step_seed(stage.seed, step, world.rank))
@@ -132,8 +134,8 @@ def train_stage(
             alignment = head.step()
             meter.images += batch.global_rows
             ids = gather_rows(batch.sample_ids.to(world.device), batch.rows_per_rank, world)
-            if ids_log is not None:
-                ids_log.write(step, ids.cpu().numpy())
+            hashed = None if ids_log is None else ids_log.write(step, ids.cpu().numpy())
+            flight.note(step + 1, meter.last_wait_s, batch.global_rows, lr, net_norm, terms, hashed)
 
             done, asked_to_stop = step + 1, False
             if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
@@ -183,6 +185,18 @@ def train_stage(
     return Trained(meter.images_per_s, head, identity_SL)
 
 
+@contextmanager
+def _recorded(flight: FlightRecord) -> Iterator[None]:
+    """Leave the flight record where a stage fails; one that was asked to stop has not failed."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        flight.write(error)
+        raise
+
+
 def _first_rows(
     stage: Stage, from_old: Compatibility | None, identity_SL: torch.Tensor, world: World, report: Report
 ) -> torch.Tensor | None:
@@ -217,13 +231,14 @@ class _Meter:
     def __init__(self) -> None:
         self.images = 0
         self._start = self._mark = time.perf_counter()
-        self._waited_s = 0.0
+        self._waited_s = self.last_wait_s = 0.0
 
     def wait(self) -> None:
         self._mark = time.perf_counter()
 
     def work(self) -> None:
-        self._waited_s += time.perf_counter() - self._mark
+        self.last_wait_s = time.perf_counter() - self._mark
+        self._waited_s += self.last_wait_s
 
     @property
     def images_per_s(self) -> float:
@@ -247,8 +262,10 @@ class _IdsLog:
         self._file = path.open("w", buffering=1)
         self._file.writelines(line + "\n" for line in kept)
 
-    def write(self, step: int, ids: np.ndarray) -> None:
-        self._file.write(f"{step}\t{len(ids)}\t{self._hash_ids(ids)}\n")
+    def write(self, step: int, ids: np.ndarray) -> str:
+        hashed = self._hash_ids(ids)
+        self._file.write(f"{step}\t{len(ids)}\t{hashed}\n")
+        return hashed
 
     def close(self) -> None:
         self._file.close()
