@@ -12,8 +12,8 @@ if [[ $# -eq 0 ]]; then
     "$bin/ruff" format --check .
     "$bin/mypy"
     "$bin/lint-imports"
-    # unit tests share nothing, one process a processor; the others start processes of their own
-    OMP_NUM_THREADS=1 "$bin/python" -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit
-    set -- tests --ignore tests/unit
+    # these share nothing: one process a processor; integration tests start clusters of their own
+    OMP_NUM_THREADS=1 "$bin/python" -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit tests/distributed
+    set -- tests --ignore tests/unit --ignore tests/distributed
 fi
 exec "$bin/python" -m pytest "$@"
