@@ -48,7 +48,12 @@ class SyntheticConfig(_Section):
 class DataConfig(_Section):
     """Which images, and which identities each model sees. Exactly one source is named.
 
-    split: the split.json of ``lce data split``, in place of heldout_identities, old_identities and split_seed.
+    shards may be a URL (s3://, gs://, https://). split: the split.json of ``lce data split``, in place of heldout_identities,
+    old_identities and split_seed. shuffle: over all samples ("global"), or shuffle_window blocks of shuffle_block neighbours at a
+    time ("blocks", by default where shards are at a URL). sampling: every image once an epoch ("uniform"), every identity as
+    often ("balanced"), or images_per_identity of each that is in a batch ("pk").
+    bad_images: one that cannot be decoded in training ends the run ("stop"), or another takes its place ("skip"), for as many as
+    bad_images_limit of a model's training images, by what each rank meets.
     """
 
     synthetic: SyntheticConfig | None = None
@@ -59,6 +64,27 @@ class DataConfig(_Section):
     old_identities: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     split_seed: Annotated[int, Field(ge=0)] = 1
     split: str | None = None
+    shuffle: Literal["auto", "global", "blocks"] = "auto"
+    shuffle_block: Count = 8192
+    shuffle_window: Count = 16
+    sampling: Literal["uniform", "balanced", "pk"] = "uniform"
+    images_per_identity: Count = 4
+    bad_images: Literal["stop", "skip"] = "stop"
+    bad_images_limit: Fraction = 0.001
+
+    @model_validator(mode="after")
+    def _one_way_to_sample(self) -> DataConfig:
+        if self.sampling != "uniform" and self.shuffle == "blocks":
+            raise ValueError(f"sampling is {self.sampling!r} and shuffle is 'blocks'; only 'uniform' reads by blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secret_in_url(self) -> DataConfig:
+        if self.shards is not None and "://" in self.shards and "@" in urlsplit(self.shards).netloc:
+            raise ValueError(
+                "shards holds a user or a password; give credentials by the environment (AWS_..., GOOGLE_...)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _split_says_all(self) -> DataConfig:
@@ -83,7 +109,11 @@ class DataConfig(_Section):
 
 
 class AugmentConfig(_Section):
-    """Amplitudes of the training augmentation; zero switches a part off."""
+    """Amplitudes of the training augmentation; zero switches a part off.
+
+    low_resolution: scaled down to low_resolution_min_scale of its side at most, and up again. occlusion: one grey rectangle.
+    jpeg: compressed anew, at a quality of jpeg_min_quality to 95.
+    """
 
     flip: bool = True
     crop_min_area: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
@@ -94,6 +124,12 @@ class AugmentConfig(_Section):
     blur_probability: Fraction = 0.1
     blur_sigma_max_px: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
     grey_probability: Fraction = 0.05
+    low_resolution_probability: Fraction = 0.0
+    low_resolution_min_scale: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    occlusion_probability: Fraction = 0.0
+    occlusion_max_area: Annotated[float, Field(gt=0.0, le=0.9)] = 0.25
+    jpeg_probability: Fraction = 0.0
+    jpeg_min_quality: Annotated[int, Field(ge=1, le=100)] = 30
 
 
 class NetConfig(_Section):
@@ -408,10 +444,29 @@ class TrackingConfig(_Section):
         return value
 
 
+class FaultsConfig(_Section):
+    """What a run does when something goes wrong in it. May be changed when a stopped run goes on.
+
+    non_finite: a step whose loss or gradient is not finite ends the run ("stop"), changes nothing ("skip"), or is answered
+    by the last checkpoint, the steps since then left out ("roll_back"); a stage may lose non_finite_limit steps, or rolls, like that.
+    stall_note_s: without a step for so long, the ranks that are waited for are named; collective_timeout_s: and after so long all of them
+    start again from the last checkpoint.
+    """
+
+    non_finite: Literal["stop", "skip", "roll_back"] = "stop"
+    non_finite_limit: Count = 10
+    stall_note_s: Count = 60
+    collective_timeout_s: Count = 600
+
+
 class ClusterConfig(_Section):
+    """Machines. cache_dir, cache_gib: where each node keeps shards that come from a URL, and how much of them."""
+
     device: Literal["auto", "cpu", "gpu"] = "auto"
     max_failures: Annotated[int, Field(ge=0)] = 3
     reader_threads: Count = 1
+    cache_dir: str | None = None
+    cache_gib: Positive = 100.0
 
 
 class Config(_Section):
@@ -427,6 +482,7 @@ class Config(_Section):
     gate: GateConfig = GateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    faults: FaultsConfig = FaultsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="before")
@@ -444,6 +500,24 @@ class Config(_Section):
         if compat.get("preset") == "reference-code":
             filled["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / _number(values.get("new"), "embedding_dim", 512.0)
         return {**values, "compat": {**filled, **compat}}
+
+    @model_validator(mode="after")
+    def _identities_fill_batches(self) -> Config:
+        if self.data.sampling == "pk" and self.optim.global_batch % self.data.images_per_identity:
+            raise ValueError(
+                f"optim.global_batch is {self.optim.global_batch}; must be a multiple of data.images_per_identity "
+                f"({self.data.images_per_identity}) where data.sampling is 'pk'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _skipping_needs_zero(self) -> Config:
+        if self.faults.non_finite == "skip" and self.optim.zero_stage == 0:
+            raise ValueError(
+                "faults.non_finite is 'skip'; without ZeRO the network is updated before its gradient is known to be finite. "
+                "Set optim.zero_stage to 1, or faults.non_finite to 'roll_back'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _manner_fits_models(self) -> Config:
@@ -487,15 +561,19 @@ class Config(_Section):
         for section, key in (("run", "dir"), *PLACES):
             value = values[section][key]
             if isinstance(value, list):
-                values[section][key] = [str(Path(path).resolve()) for path in value]
+                values[section][key] = [_absolute(path) for path in value]
             elif value is not None:
-                values[section][key] = str(Path(value).resolve())
+                values[section][key] = _absolute(value)
         return Config.model_validate_json(json.dumps(values))
 
     def fingerprint(self) -> str:
         """16 hex digits over :meth:`training_values` and :meth:`evaluation_values`."""
         text = json.dumps({**self.training_values(), **self.evaluation_values()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else str(Path(place).resolve())
 
 
 # settings that name a file or a folder that is read

@@ -15,6 +15,10 @@ class RunError(LceError):
     """A run started and could not finish (exit 1)."""
 
 
+class NotFiniteError(RunError):
+    """A loss or a gradient has left the finite numbers, on every rank in the same step; nothing was updated by it."""
+
+
 class ConfigError(LceError):
     """A config, a flag or a combination of them is wrong (exit 2)."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
 
 from lce_dist.config import AugmentConfig
@@ -113,7 +113,10 @@ def _inputs(augment: AugmentConfig | None) -> tuple[str, ...]:
     recolours = augment.brightness or augment.contrast or augment.saturation or augment.hue_deg
     parts: tuple[tuple[object, tuple[str, ...]], ...] = (
         (augment.crop_min_area < 1.0, ("start", "end")),
+        (augment.occlusion_probability, ("cover_anchor", "cover_shape", "cover_grey")),
+        (augment.low_resolution_probability, ("low_scale",)),
         (augment.blur_probability, ("sigma",)),
+        (augment.jpeg_probability, ("quality",)),
         (recolours or augment.grey_probability, ("brightness", "contrast", "saturation", "hue")),
         (augment.flip, ("mirror",)),
     )
@@ -125,6 +128,11 @@ def _columns(table: AugmentTable) -> dict[str, npt.NDArray[Any]]:
     return {
         "start": np.ascontiguousarray(start_hw),
         "end": np.ascontiguousarray(np.minimum(start_hw + table.crop_size_wh[:, ::-1], np.float32(1.0))),
+        "cover_anchor": np.ascontiguousarray(table.cover_anchor_xy[:, ::-1]),
+        "cover_shape": np.ascontiguousarray(table.cover_size_wh[:, ::-1]),
+        "cover_grey": table.cover_grey,
+        "low_scale": table.low_scale,
+        "quality": table.jpeg_quality,
         "sigma": table.blur_sigma_px,
         "brightness": table.brightness,
         "contrast": table.contrast,
@@ -150,10 +158,30 @@ def _graph(feed: Callable[[], tuple[Any, ...]], inputs: tuple[str, ...], image_s
         # A resize to the same size changes nothing but costs twice the decoding on a CPU.
         if shape[0] != image_size or shape[1] != image_size:
             images = fn.resize(images, size=size)
+    if "cover_grey" in given:
+        grey = given["cover_grey"]
+        images = fn.erase(
+            images,
+            anchor=given["cover_anchor"],
+            shape=given["cover_shape"],
+            normalized=True,
+            axis_names="HW",
+            fill_value=fn.stack(grey, grey, grey),
+        )
+    if "low_scale" in given:
+        low_scale = given["low_scale"]
+        if low_scale < 1:
+            side = fn.cast(math.ceil(low_scale * image_size), dtype=types.DALIDataType.FLOAT)
+            small: Any = fn.resize(images, size=fn.stack(side, side))
+            images = fn.resize(small, size=size)
     if "sigma" in given:
         sigma = given["sigma"]
         if sigma > 0:
             images = fn.gaussian_blur(images, sigma=sigma)
+    if "quality" in given:
+        quality = given["quality"]
+        if quality < 100:
+            images = fn.jpeg_compression_distortion(images, quality=quality)
     if "hue" in given:
         images = fn.color_twist(
             images,

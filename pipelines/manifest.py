@@ -13,6 +13,7 @@ reads samples later trusts it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -27,7 +28,9 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lce_dist.errors import DataError
+from pipelines.cache import DEFAULT_CACHE, CacheSettings, RemoteShard, ShardCache
 from pipelines.order import Int64Array
+from pipelines.sources import Source
 
 FORMAT, VERSION = "lce-dist-shards", 1
 MANIFEST_FILE, INDEX_FILE, IDENTITIES_FILE = "manifest.json", "index.npy", "identities.txt"
@@ -118,10 +121,13 @@ class PackedDataset:
     identities: tuple[str, ...]
     name_hash_N2: npt.NDArray[np.uint64] | None  # keys.hash_keys of each sample's name in what was packed
     quarantined: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # rising; not in any view
+    cache_settings: CacheSettings = DEFAULT_CACHE
 
     @classmethod
-    def open(cls, directory: Path) -> PackedDataset:
+    def open(cls, directory: Path, cache: CacheSettings = DEFAULT_CACHE) -> PackedDataset:
         """Open and check a packed data set; shard contents are not read (see :func:`verify_checksums`).
+
+        cache: where shards that lie at a URL are kept when they are read.
 
         Errors: DataError naming the file, its value, the rule and the fix.
         """
@@ -143,7 +149,7 @@ class PackedDataset:
         _check_rows(directory / INDEX_FILE, index, manifest.shards, identities)
         names = _map_names(directory / NAMES_FILE, manifest)
         quarantined = np.array([one.sample for one in read_quarantine(directory, len(index))], dtype=np.int64)
-        return cls(directory, manifest, index, identities, names, np.unique(quarantined))
+        return cls(directory, manifest, index, identities, names, np.unique(quarantined), cache)
 
     @property
     def num_samples(self) -> int:
@@ -173,10 +179,30 @@ class PackedDataset:
             raise DataError(f"{self.directory} has its shards at {self.manifest.root}; this needs them on a disk")
         return Path(self.shard_location(shard))
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards lie at a URL."""
+        return is_url(self.manifest.root)
+
+    @functools.cached_property
+    def cache(self) -> ShardCache:
+        """Of shards that lie at a URL."""
+        assert self.manifest.root is not None, "shards on this machine need no cache"
+        return ShardCache(Source(self.manifest.root), self.cache_settings)
+
+    def remote_shard(self, shard: int) -> RemoteShard:
+        """What the cache needs to know of a shard."""
+        record = self.manifest.shards[shard]
+        return RemoteShard(record.file, record.size_bytes, record.sha256)
+
+    def local_shard(self, shard: int) -> Path:
+        """Where shard number ``shard`` can be read on this machine; fetched first when it lies at a URL."""
+        return self.cache.path(self.remote_shard(shard)) if self.is_remote else self.shard_path(shard)
+
     def sample_key(self, sample_id: int) -> str:
         """The name of the sample's tar member, read from the header in front of its payload."""
         row = self.index[sample_id]
-        with open(self.shard_path(int(row["shard"])), "rb") as file:
+        with open(self.local_shard(int(row["shard"])), "rb") as file:
             header = os.pread(file.fileno(), _TAR_BLOCK_BYTES, int(row["offset"]) - _TAR_BLOCK_BYTES)
         return header[:100].rstrip(b"\0").decode("utf-8", errors="replace")
 
@@ -250,6 +276,46 @@ def split_identities(identities: Iterable[str], heldout: int, old_fraction: floa
 def is_url(root: str | None) -> bool:
     """Whether shards lie at a URL (s3://, gs://, http://, https://, file://, ...) rather than in a folder."""
     return root is not None and "://" in root
+
+
+def fetch_description(url: str, folder: Path) -> Path:
+    """Everything of the packed data set at ``url`` but its shards, brought into a folder below ``folder``; the folder.
+
+    What is there already and has not changed is kept. Errors: DataError.
+    """
+    source = Source(url)
+    text = source.read(MANIFEST_FILE)
+    if text is None:
+        raise DataError(f"{url} has no {MANIFEST_FILE}; packing writes it last, so this is no (whole) packed data set")
+    try:
+        values = json.loads(text)
+        manifest = Manifest.model_validate(values)
+    except (ValueError, ValidationError) as error:
+        raise DataError(
+            f"{url}/{MANIFEST_FILE} is damaged ({str(error).splitlines()[0]}); restore it or pack again"
+        ) from None
+    root = manifest.root
+    if not is_url(root):
+        root = url.rstrip("/") if root in (None, "", ".") else f"{url.rstrip('/')}/{root}"
+    name = hashlib.sha256(f"{url.rstrip('/')} {manifest.fingerprint}".encode()).hexdigest()[:16]
+    out = folder / f"remote-{name}"
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / MANIFEST_FILE).exists():
+        wanted = {INDEX_FILE: manifest.index_sha256, IDENTITIES_FILE: manifest.identities_sha256}
+        wanted |= {NAMES_FILE: manifest.names_sha256} if manifest.names_sha256 is not None else {}
+        for file, sha256 in wanted.items():
+            source.fetch(file, out / file, source.size(file), sha256)
+        partial = out / f"{MANIFEST_FILE}.partial"
+        partial.write_text(json.dumps({**values, "root": root}, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(out / MANIFEST_FILE)
+    quarantine = source.read(QUARANTINE_FILE)
+    if quarantine is None:
+        (out / QUARANTINE_FILE).unlink(missing_ok=True)
+    else:
+        partial = out / f"{QUARANTINE_FILE}.partial"
+        partial.write_bytes(quarantine)
+        partial.replace(out / QUARANTINE_FILE)
+    return out
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ Batch k of an epoch is the same set of samples on 1, 3 or 64 ranks, and resuming
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +55,31 @@ def permute(positions: Int64Array, num_samples: int, key: int) -> Int64Array:
     return walked.astype(np.int64)
 
 
+def permute_each(positions: Int64Array, sizes: Int64Array, keys: UInt64Array) -> Int64Array:
+    """``permute`` of each position in a range and by a key of its own; all of one shape."""
+    half_bits = np.maximum(1, (_bit_length(sizes - 1) + 1) // 2).astype(np.uint64)
+    round_keys = [mix64(keys ^ np.uint64(number)) for number in range(NUM_ROUNDS)]
+    walked = _feistel_each(positions.astype(np.uint64), half_bits, round_keys)
+    outside = np.flatnonzero(walked >= sizes.astype(np.uint64))
+    while outside.size:
+        again = [keys_of_round[outside] for keys_of_round in round_keys]
+        walked[outside] = _feistel_each(walked[outside], half_bits[outside], again)
+        outside = outside[walked[outside] >= sizes[outside].astype(np.uint64)]
+    return walked.astype(np.int64)
+
+
+def _bit_length(values: Int64Array) -> Int64Array:
+    return np.frexp(values.astype(np.float64))[1].astype(np.int64)  # exact below 2**53
+
+
+def _feistel_each(values: UInt64Array, half_bits: UInt64Array, round_keys: list[UInt64Array]) -> UInt64Array:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (mix64(right ^ round_key) & mask)
+    return (left << half_bits) | right
+
+
 def _feistel(values: UInt64Array, half_bits: int, round_keys: UInt64Array) -> UInt64Array:
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> shift, values & mask
@@ -87,6 +114,66 @@ class EpochOrder:
         end = (index + 1) * self.num_samples // self.steps_per_epoch
         key = derive_key(self.seed, epoch, self.num_samples)
         return permute(np.arange(first, end, dtype=np.int64), self.num_samples, key)
+
+
+@dataclass(frozen=True)
+class BlockOrder:
+    """An epoch whose reading is local: blocks of neighbours in random order, ``window`` of them mixed at a time.
+
+    Every epoch holds every sample exactly once, in the batches of :class:`EpochOrder`'s sizes. A batch touches one window,
+    or two where it lies across an edge: 2 * ``window`` blocks at most.
+    **Memory**: 16 bytes a block.
+    """
+
+    num_samples: int
+    global_batch: int
+    seed: int
+    block: int
+    window: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_samples // self.global_batch)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that global batch ``step`` belongs to."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> Int64Array:
+        """The (G,) sample positions of global batch ``step``, G at most ``global_batch``."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        first = index * self.num_samples // self.steps_per_epoch
+        end = (index + 1) * self.num_samples // self.steps_per_epoch
+        block_K, start_K = _blocks(self.num_samples, self.block, self.seed, epoch)
+        parts = []
+        while first < end:
+            opened = (int(np.searchsorted(start_K, first, side="right")) - 1) // self.window * self.window
+            edges = start_K[opened : opened + self.window + 1]
+            low, high = int(edges[0]), int(edges[-1])
+            turns = np.arange(first - low, min(end, high) - low, dtype=np.int64)
+            mixed = low + permute(turns, high - low, derive_key(self.seed, epoch, opened, self.num_samples))
+            place = np.searchsorted(start_K, mixed, side="right") - 1
+            parts.append(block_K[place] * self.block + mixed - start_K[place])
+            first = min(end, high)
+        return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2)
+def _blocks(num_samples: int, block: int, seed: int, epoch: int) -> tuple[Int64Array, Int64Array]:
+    """The blocks in their order, and where each begins in the epoch; one more for its end."""
+    num_blocks = -(-num_samples // block)
+    block_K = permute(np.arange(num_blocks, dtype=np.int64), num_blocks, derive_key(seed, epoch, -1, num_samples))
+    size_K = np.minimum(block, num_samples - block_K * block)
+    return block_K, np.concatenate([[0], np.cumsum(size_K)]).astype(np.int64)
+
+
+class Order(Protocol):
+    """Which samples make global batch ``step``, a function of the step alone."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def epoch_of(self, step: int) -> int: ...
+    def batch(self, step: int) -> Int64Array: ...
 
 
 def rank_slice(num_rows: int, rank: int, num_ranks: int) -> slice:

@@ -15,7 +15,7 @@ from pipelines.manifest import PackedDataset
 def decode_sample(dataset: PackedDataset, sample_id: int) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB. Errors: DataError naming shard and key when the image cannot be decoded."""
     row = dataset.index[sample_id]
-    path = dataset.shard_path(int(row["shard"]))
+    path = dataset.local_shard(int(row["shard"]))
     with path.open("rb") as file:
         file.seek(int(row["offset"]))
         payload = file.read(int(row["size"]))

@@ -34,13 +34,22 @@ class ShardReader:
             payload = os.pread(self._descriptor(shard), size, offset)
             if len(payload) != size:
                 raise DataError(
-                    f"shard {self._dataset.shard_path(shard)} gave {len(payload)} bytes of sample {sample_id} at byte "
+                    f"shard {self._dataset.shard_location(shard)} gave {len(payload)} bytes of sample {sample_id} at byte "
                     f"{offset}; the index says {size}, so it shrank after it was opened. Restore it or pack again"
                 )
             payloads.append(np.frombuffer(payload, dtype=np.uint8))
         return payloads
 
+    def prefetch(self, sample_ids: Int64Array) -> None:
+        """Begin to fetch the shards of samples that will be read, where they lie at a URL."""
+        if self._dataset.is_remote:
+            for shard in np.unique(self._dataset.index["shard"][sample_ids]).tolist():
+                if shard not in self._descriptors:
+                    self._dataset.cache.prefetch(self._dataset.remote_shard(shard))
+
     def close(self) -> None:
+        if self._dataset.is_remote:
+            self._dataset.cache.forget()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -49,11 +58,14 @@ class ShardReader:
         if descriptor is not None:
             self._descriptors.move_to_end(shard)
             return descriptor
-        path = self._dataset.shard_path(shard)
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or pack again") from None
+        if self._dataset.is_remote:
+            descriptor = self._dataset.cache.open(self._dataset.remote_shard(shard))
+        else:
+            path = self._dataset.shard_path(shard)
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except OSError as error:
+                raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or pack again") from None
         self._descriptors[shard] = descriptor
         if len(self._descriptors) > MAX_OPEN_SHARDS:
             os.close(self._descriptors.popitem(last=False)[1])

@@ -5,17 +5,19 @@ plan -> [reader thread: pread by offset, draw parameters] -> [DALI threads: deco
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
@@ -25,8 +27,10 @@ from lce_dist.errors import DataError
 from pipelines.augment import augment_table
 from pipelines.dali import DecodeFailureError, Decoder, EncodedBatch
 from pipelines.manifest import View
-from pipelines.order import EpochOrder, Int64Array, rank_rows, rank_slice
+from pipelines.order import Int64Array, Order, derive_key, rank_rows, rank_slice
 from pipelines.reading import ShardReader
+
+_FAR = 64  # batches whose shards are fetched ahead, where they lie at a URL
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +42,7 @@ class PlannedBatch:
     rows_per_rank: tuple[int, ...]
 
 
-def training_plan(
-    order: EpochOrder, rank: int, num_ranks: int, first_step: int, last_step: int
-) -> Iterator[PlannedBatch]:
+def training_plan(order: Order, rank: int, num_ranks: int, first_step: int, last_step: int) -> Iterator[PlannedBatch]:
     """This rank's batches of the global steps first_step up to, not including, last_step."""
     for step in range(first_step, last_step):
         positions = order.batch(step)
@@ -64,6 +66,17 @@ def block_plan(
         yield PlannedBatch(0, np.arange(edges[rank], edges[rank + 1], dtype=np.int64), rows)
 
 
+@dataclass(frozen=True)
+class BadImages:
+    """What becomes of training images that cannot be decoded: others take their places, and ``tell`` hears of each once.
+
+    most: how many different ones a stream may meet. tell: shard, key, reason.
+    """
+
+    most: int
+    tell: Callable[[str, str, str], None]
+
+
 @dataclass(frozen=True, eq=False)
 class _Read:
     """A planned batch whose bytes are in memory."""
@@ -77,6 +90,8 @@ class ImageStream:
 
     Pixels of a sample depend on (seed, epoch, sample id) only: not on its batch, the ranks or the threads.
     Use it as a context manager, or close it, to stop its threads before the plan ends.
+    bad_images: None: one that cannot be decoded ends the stream. Otherwise another of the view, drawn by (seed, epoch,
+    position), takes its place with its label and id, so that every rank keeps the rows that it has planned.
     Errors: DataError naming shard and sample when an image cannot be read or decoded.
     **Memory**: 2 * prefetch encoded and prefetch + 1 decoded batches.
     """
@@ -91,6 +106,7 @@ class ImageStream:
         device: torch.device,
         num_threads: int = 1,
         prefetch: int = 2,
+        bad_images: BadImages | None = None,
     ) -> None:
         self._view = view
         self._plan = iter(plan)
@@ -101,8 +117,12 @@ class ImageStream:
         self._num_threads = num_threads
         self._prefetch = prefetch
         self._reader = ShardReader(view.dataset)
+        self._planned: deque[PlannedBatch] = deque()
         self._ahead: deque[tuple[PlannedBatch, Future[_Read]]] = deque()
         self._decoding: deque[_Read] = deque()
+        self._again: deque[_Read] = deque()  # read, and to be decoded by the next decoder
+        self._bad_images = bad_images
+        self._known_bad: set[int] = set()
         self._batches = self._generate()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -127,12 +147,13 @@ class ImageStream:
             self._reader.close()
             self._ahead.clear()
             self._decoding.clear()
+            self._again.clear()
 
     def _decode(self, pool: ThreadPoolExecutor) -> Iterator[Batch]:
         """Decode batch after batch; a batch that outgrows the decoder ends it and the next one has room."""
         max_rows = 0
-        while self._read_ahead(pool):
-            next_planned = self._ahead[0][0]
+        while self._again or self._read_ahead(pool):
+            next_planned = self._again[0].planned if self._again else self._ahead[0][0]
             if len(next_planned.positions) == 0:
                 self._ahead.popleft()
                 yield self._empty(next_planned)
@@ -158,7 +179,12 @@ class ImageStream:
             try:
                 images = decoder.next()
             except DecodeFailureError as error:
-                raise self._culprit(self._decoding[0], str(error)) from None
+                if self._bad_images is None:
+                    raise self._culprit(self._decoding[0], str(error)) from None
+                first = self._without_bad(self._bad_images, self._decoding.popleft(), str(error))
+                self._again = deque([first, *self._decoding])
+                self._decoding.clear()
+                return  # DALI's pipeline is of no further use; the next one goes on
             if images is None:
                 return
             read = self._decoding.popleft()
@@ -166,6 +192,9 @@ class ImageStream:
 
     def _next_encoded(self, pool: ThreadPoolExecutor, max_rows: int) -> EncodedBatch | None:
         """What the decoder gets next; None at the end, and before a batch that it must not or cannot take."""
+        if self._again:
+            self._decoding.append(self._again.popleft())
+            return self._decoding[-1].encoded
         if not self._read_ahead(pool):
             return None
         planned, future = self._ahead[0]
@@ -179,19 +208,81 @@ class ImageStream:
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> bool:
         """Keep ``prefetch`` batches being read; False when the plan is used up."""
-        while len(self._ahead) < self._prefetch:
+        far = _FAR if self._view.dataset.is_remote else 1
+        while len(self._planned) < far:
             planned = next(self._plan, None)
             if planned is None:
                 break
+            if far > 1:
+                pool.submit(self._reader.prefetch, self._view.sample_ids[planned.positions])
+            self._planned.append(planned)
+        while len(self._ahead) < self._prefetch and self._planned:
+            planned = self._planned.popleft()
             self._ahead.append((planned, pool.submit(self._read, planned)))
         return bool(self._ahead)
 
     def _read(self, planned: PlannedBatch) -> _Read:
+        if self._known_bad:
+            planned = self._replaced(planned)
         sample_ids = self._view.sample_ids[planned.positions]
         table = None
         if self._augment is not None:
             table = augment_table(self._augment, self._seed, planned.epoch, sample_ids)
         return _Read(planned, EncodedBatch(self._reader.read(sample_ids), table))
+
+    def _replaced(self, planned: PlannedBatch) -> PlannedBatch:
+        """The batch with other positions where images are known to be bad; the same whenever they became known."""
+        positions = planned.positions.copy()
+        for row, position in enumerate(positions.tolist()):
+            found, attempt = position, 0
+            while int(self._view.sample_ids[found]) in self._known_bad:
+                found = derive_key(self._seed, planned.epoch, position, attempt) % self._view.num_samples
+                attempt += 1
+            positions[row] = found
+        return dataclasses.replace(planned, positions=positions)
+
+    def _without_bad(self, policy: BadImages, read: _Read, reason: str) -> _Read:
+        """The batch that DALI refused, read anew with other images in the places of those that cannot be decoded.
+
+        Errors: DataError when they are too many, or none is to be found.
+        """
+        dataset, met = self._view.dataset, False
+        while True:
+            sample_ids = self._view.sample_ids[read.planned.positions].tolist()
+            worse = False
+            for sample_id, jpeg in zip(sample_ids, read.encoded.jpegs, strict=True):
+                is_known = sample_id in self._known_bad  # read before it became known
+                problem = None if is_known else self._problem(jpeg)
+                met, worse = met or is_known or problem is not None, worse or is_known or problem is not None
+                if problem is not None:
+                    self._known_bad.add(sample_id)
+                    shard = dataset.shard_location(int(dataset.index[sample_id]["shard"]))
+                    policy.tell(shard, dataset.sample_key(sample_id), problem)
+            if not met:
+                raise self._culprit(read, reason)
+            if len(self._known_bad) > min(policy.most, self._view.num_samples - 1):
+                raise DataError(
+                    f"{len(self._known_bad)} images of {dataset.directory} cannot be decoded; data.bad_images_limit allows "
+                    f"{policy.most}. Look at bad_images.tsv in the run, or at lce data verify --decode"
+                )
+            if not worse:
+                return read
+            read = self._read(read.planned)  # what takes a place may be bad too
+
+    def _problem(self, jpeg: npt.NDArray[np.uint8]) -> str | None:
+        """Why an image cannot be decoded, by Pillow or else by DALI alone."""
+        problem = _decode_problem(jpeg.tobytes())
+        if problem is not None:
+            return problem
+        feed = iter([EncodedBatch([jpeg], None)])
+        alone = Decoder(lambda: next(feed, None), 1, self._image_size, None, self._device, 1, 1)
+        try:
+            alone.next()
+        except DecodeFailureError as error:
+            return str(error)
+        finally:
+            alone.close()
+        return None
 
     def _batch(self, planned: PlannedBatch, images: torch.Tensor) -> Batch:
         return Batch(
@@ -211,13 +302,13 @@ class ImageStream:
         for sample_id, jpeg in zip(sample_ids, read.encoded.jpegs, strict=True):
             problem = _decode_problem(jpeg.tobytes())
             if problem is not None:
-                shard = dataset.shard_path(int(dataset.index[sample_id]["shard"]))
+                shard = dataset.shard_location(int(dataset.index[sample_id]["shard"]))
                 return DataError(
                     f"shard {shard}: image {dataset.sample_key(sample_id)} (sample {sample_id}) cannot be decoded "
                     f"({problem}); every image must be a whole JPEG. Restore the shard or pack again without it"
                 )
         places = sorted({(int(dataset.index[i]["shard"]), dataset.sample_key(i)) for i in sample_ids})
-        named = ", ".join(f"{dataset.shard_path(shard).name}:{key}" for shard, key in places)
+        named = ", ".join(f"{dataset.manifest.shards[shard].file}:{key}" for shard, key in places)
         return DataError(
             f"data set {dataset.directory}: DALI refuses a batch ({reason}) although Pillow decodes each of its "
             f"{len(sample_ids)} images: {named}. Halve the batch to find the image, and pack again without it"

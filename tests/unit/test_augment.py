@@ -49,9 +49,9 @@ def test_seed_epoch_and_sample_each_change_the_draw() -> None:
 
 
 def test_columns_are_independent() -> None:
-    draws = np.stack([uniforms(1, column, np.zeros_like(MANY), MANY) for column in range(12)])
-    correlation = np.corrcoef(draws) - np.eye(12)
-    assert np.abs(correlation).max() < 0.025
+    draws = np.stack([uniforms(1, column, np.zeros_like(MANY), MANY) for column in range(22)])
+    correlation = np.corrcoef(draws) - np.eye(22)
+    assert np.abs(correlation).max() < 0.03
     assert np.abs(draws.mean(axis=1) - 0.5).max() < 5 * (1 / 12) ** 0.5 / len(MANY) ** 0.5
     assert draws.min() >= 0.0 and draws.max() < 1.0
 
@@ -79,6 +79,26 @@ def test_parameters_are_spread_as_announced() -> None:
     assert 1.99 < table.blur_sigma_px.max() <= 2.0
     assert abs((table.saturation == 0).mean() - 0.2) < 0.01
     assert np.abs(table.hue_deg).max() <= 6.0 and table.hue_deg.min() < -5.99
+
+
+def test_parameters_of_low_resolution_occlusion_and_jpeg() -> None:
+    hard = STRONG.model_copy(
+        update={
+            "low_resolution_probability": 0.3,
+            "occlusion_probability": 0.4,
+            "occlusion_max_area": 0.2,
+            "jpeg_probability": 0.5,
+        }
+    )
+    table, before = augment_table(hard, 7, 0, MANY), columns(augment_table(STRONG, 7, 0, MANY))
+    changed = [name for name, values in columns(table).items() if not np.array_equal(values, before[name])]
+    assert changed == ["low_scale", "cover_anchor_xy", "cover_size_wh", "cover_grey", "jpeg_quality"]
+    assert abs((table.low_scale < 1).mean() - 0.3) < 0.0125 and 0.25 <= table.low_scale.min() < 0.26
+    area = table.cover_size_wh.astype(np.float64).prod(axis=1)
+    assert abs((area > 0).mean() - 0.4) < 0.0125 and 0.199 < area.max() <= 0.2 + 1e-6
+    assert (table.cover_anchor_xy.astype(np.float64) + table.cover_size_wh <= 1.0 + 1e-6).all()
+    assert set(np.unique(table.jpeg_quality).tolist()) == {*range(30, 96), 100}
+    assert abs((table.jpeg_quality < 100).mean() - 0.5) < 0.0125
 
 
 def test_amplitudes_of_zero_change_nothing() -> None:

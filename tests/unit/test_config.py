@@ -92,3 +92,20 @@ def test_later_keys_win_and_none_removes() -> None:
     assert changed("optim.lr=0.2", "optim.lr=0.3").optim.lr == 0.3
     config = changed("head.loss=softmax", "head.margin_cos=none")
     assert config.head.loss == "softmax" and config.head.margin_cos is None
+
+
+@pytest.mark.parametrize("url", ["s3://key:canary@bucket/faces", "https://canary@host/faces"])
+def test_a_url_with_a_credential_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match="holds a user or a password") as caught:
+        load_config(QUICKSTART, ["data.synthetic=none", f"data.shards={url}"])
+    assert "canary" not in str(caught.value)
+
+
+def test_shards_at_a_url_stay_where_they_are() -> None:
+    config = load_config(QUICKSTART, ["data.synthetic=none", "data.shards=s3://bucket/faces"])
+    assert config.with_absolute_places().data.shards == "s3://bucket/faces"
+
+
+def test_reading_by_blocks_is_uniform() -> None:
+    with pytest.raises(ConfigError, match="only 'uniform' reads by blocks"):
+        load_config(QUICKSTART, ["data.shuffle=blocks", "data.sampling=pk"])

@@ -26,7 +26,7 @@ from pipelines.dali import Decoder, EncodedBatch
 from pipelines.manifest import PackedDataset, View
 from pipelines.order import EpochOrder, rank_rows
 from pipelines.pack import pack_images
-from pipelines.stream import ImageStream, PlannedBatch, block_plan, training_plan
+from pipelines.stream import BadImages, ImageStream, PlannedBatch, block_plan, training_plan
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -304,6 +304,80 @@ def test_unusual_jpegs_decode_as_pillow_does(payload: bytes) -> None:
     np.testing.assert_allclose(decode(payload, None), pillow(payload), atol=1e-6)
 
 
+def covered(x: float, y: float, width: float, height: float, grey: float) -> AugmentTable:
+    return table_with(
+        cover_anchor_xy=np.array([[x, y]], dtype=np.float32),
+        cover_size_wh=np.array([[width, height]], dtype=np.float32),
+        cover_grey=np.array([grey], dtype=np.float32),
+    )
+
+
+def test_occlusion_is_one_grey_rectangle() -> None:
+    payload, augment = jpeg(photo(5)), STILL.model_copy(update={"occlusion_probability": 1.0})
+    truth = pillow(payload)
+    truth[:, 8:24, 4:12] = 100 / 127.5 - 1.0
+    found = decode(payload, covered(4 / SIZE, 8 / SIZE, 8 / SIZE, 16 / SIZE, 100.0), augment)
+    np.testing.assert_allclose(found, truth, atol=1e-6)
+    np.testing.assert_allclose(decode(payload, identity_table(1), augment), pillow(payload), atol=1e-6)
+
+
+def test_low_resolution_is_down_and_up_again() -> None:
+    payload, augment = jpeg(photo(6)), STILL.model_copy(update={"low_resolution_probability": 1.0})
+    image = Image.open(io.BytesIO(payload))
+    side = 8
+    truth = image.resize((side, side), Image.Resampling.BILINEAR).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    found = decode(payload, table_with(low_scale=np.array([0.25], dtype=np.float32)), augment)
+    np.testing.assert_allclose(found, np.asarray(truth).transpose(2, 0, 1) / 127.5 - 1.0, atol=2 * LEVEL)
+    np.testing.assert_allclose(decode(payload, identity_table(1), augment), pillow(payload), atol=1e-6)
+
+
+def test_jpeg_compression_is_that_of_the_quality() -> None:
+    payload, augment = jpeg(photo(7)), STILL.model_copy(update={"jpeg_probability": 1.0})
+    again = io.BytesIO()
+    Image.open(io.BytesIO(payload)).save(again, "JPEG", quality=30)
+    found = decode(payload, table_with(jpeg_quality=np.array([30], dtype=np.int32)), augment)
+    before = np.abs(pillow(payload) - pillow(again.getvalue())).mean()
+    assert np.abs(found - pillow(again.getvalue())).mean() < 0.25 * before  # its 4:2:0 chroma is not libjpeg's
+    np.testing.assert_allclose(decode(payload, identity_table(1), augment), pillow(payload), atol=1e-6)
+
+
+def png(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def webp(image: Image.Image) -> bytes:
+    encoded = io.BytesIO()
+    image.save(encoded, "WEBP", lossless=True)
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("payload", "truth"),
+    [
+        (png(photo(8)), photo(8)),
+        (png(photo(8).convert("L")), photo(8).convert("L").convert("RGB")),
+        (png(photo(8).convert("RGBA")), photo(8)),
+        (webp(photo(8)), photo(8)),
+        (jpeg(photo(8, (1, 1))), photo(8, (1, 1))),
+    ],
+    ids=["png", "grey png", "png with alpha", "webp", "1 x 1"],
+)
+def test_what_indexed_data_sets_may_hold(payload: bytes, truth: Image.Image) -> None:
+    expected = np.asarray(truth.resize((SIZE, SIZE))).transpose(2, 0, 1) / 127.5 - 1.0
+    np.testing.assert_allclose(decode(payload, None), expected, atol=3 * LEVEL)
+
+
+def test_sixteen_bits_and_the_very_wide_are_decoded() -> None:
+    levels = np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * 64
+    found = decode(png(Image.fromarray(levels)), None)
+    np.testing.assert_allclose(found[0], levels / 32767.5 - 1.0, atol=1.01 * LEVEL)
+    tall = photo(3, (20, 6000))
+    truth = np.asarray(tall.resize((SIZE, SIZE), Image.Resampling.BILINEAR)).transpose(2, 0, 1) / 127.5 - 1.0
+    assert np.abs(decode(jpeg(tall), None) - truth).mean() < 4 * LEVEL
+
+
 def overwrite(view: View, sample_id: int, change: Callable[[bytes], bytes]) -> None:
     """Damage a payload in place: the shard keeps its size, so that only decoding can notice."""
     row = view.dataset.index[sample_id]
@@ -340,6 +414,69 @@ def test_a_broken_image_is_named_after_the_good_batches(
     assert seen == 3
     message = str(caught.value)
     assert f"shard {shard}: image 000000037.jpg (sample 37) cannot be decoded" in message and "\n" not in message
+
+
+def spoiled(view: View, *sample_ids: int) -> None:
+    for sample_id in sample_ids:
+        overwrite(view, sample_id, lambda b: b"no image at all, ".ljust(len(b), b"."))
+
+
+def skipping(view: View, ranks: int, told: list[tuple[int, str]], first: int = 0, most: int = 10) -> dict[int, Batch]:
+    """Global batches by step, of a run that replaces bad images, put together from all ranks."""
+    order = EpochOrder(NUM_IMAGES, 20, 3)
+    parts = []
+    for rank in range(ranks):
+        plan = training_plan(order, rank, ranks, first, 10)
+        policy = BadImages(most, lambda shard, key, reason, rank=rank: told.append((rank, key)))
+        with ImageStream(view, plan, SIZE, STRONG, 5, CPU, bad_images=policy) as stream:
+            parts.append(list(stream))
+    together = {}
+    for step, batches in enumerate(zip(*parts, strict=True), start=first):
+        values = (torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "sample_ids"))
+        together[step] = Batch(*values, batches[0].rows_per_rank)
+    return together
+
+
+@pytest.mark.parametrize("bad", [(37,), (5, 6, 7, 60), (0, 89)])
+def test_others_take_the_places_of_bad_images(own_view: View, bad: tuple[int, ...]) -> None:
+    told: list[tuple[int, str]] = []
+    truth = skipping(own_view, 1, told)
+    assert told == []
+    spoiled(own_view, *bad)
+    alone = skipping(own_view, 1, told)
+    assert sorted(key for _, key in told) == [f"{sample_id:09}.jpg" for sample_id in bad]
+    labels = own_view.labels
+    assert alone.keys() == truth.keys()
+    for step, batch in alone.items():
+        ids, before = batch.sample_ids.numpy(), truth[step].sample_ids.numpy()
+        assert not set(ids.tolist()) & set(bad) and len(ids) == len(before)
+        kept = ~np.isin(before, bad)
+        assert np.array_equal(ids[kept], before[kept]), "only bad images change"
+        assert torch.equal(batch.images[torch.from_numpy(kept)], truth[step].images[torch.from_numpy(kept)])
+        assert np.array_equal(batch.labels.numpy(), labels[ids]), "the label is that of the image that is shown"
+    # the same on several ranks, and from the middle, whatever each of them has met before
+    for ranks, first in ((2, 0), (3, 0), (1, 6)):
+        for step, batch in skipping(own_view, ranks, [], first).items():
+            assert torch.equal(batch.sample_ids, alone[step].sample_ids)
+            assert torch.equal(batch.images, alone[step].images)
+
+
+def test_too_many_bad_images_end_the_stream(own_view: View) -> None:
+    spoiled(own_view, 1, 2, 3)
+    with pytest.raises(DataError, match=r"images of .* cannot be decoded; data.bad_images_limit allows 2"):
+        skipping(own_view, 1, [], most=2)
+    spoiled(own_view, *range(NUM_IMAGES))
+    with pytest.raises(DataError, match=r"cannot be decoded; data.bad_images_limit allows"):
+        skipping(own_view, 1, [], most=1000)
+
+
+def test_an_image_that_only_dali_refuses_is_replaced_too(own_view: View) -> None:
+    gif = io.BytesIO()
+    photo(1, (8, 8)).quantize(8).save(gif, "GIF")
+    overwrite(own_view, 3, lambda b: gif.getvalue().ljust(len(b), b"\0"))
+    told: list[tuple[int, str]] = []
+    assert all(3 not in batch.sample_ids for batch in skipping(own_view, 1, told).values())
+    assert told == [(0, "000000003.jpg")]
 
 
 def test_a_batch_that_only_dali_refuses_lists_its_images(own_view: View) -> None:

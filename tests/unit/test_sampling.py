@@ -1,0 +1,135 @@
+"""Orders by blocks, balanced, and P x K: what they promise, on any number of ranks and from any step."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.order import BlockOrder, EpochOrder, permute, permute_each, rank_slice
+from pipelines.sampling import BalancedOrder, ImagesOfClasses, PKOrder
+from pipelines.stream import training_plan
+
+
+@given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 2**63)), min_size=1, max_size=8), st.data())
+@settings(deadline=None, max_examples=40)
+def test_permute_each_is_permute(pairs, data):
+    sizes, keys, positions, truth = [], [], [], []
+    for size, key in pairs:
+        asked = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=5))
+        sizes += [size] * len(asked)
+        keys += [key] * len(asked)
+        positions += asked
+        truth += permute(np.array(asked, dtype=np.int64), size, key).tolist()
+    found = permute_each(np.array(positions), np.array(sizes), np.array(keys, dtype=np.uint64))
+    assert found.tolist() == truth
+
+
+@given(
+    samples=st.integers(1, 400),
+    batch=st.integers(1, 50),
+    block=st.integers(1, 60),
+    window=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=80)
+def test_blocks_cover_every_epoch_exactly_and_touch_few_blocks(samples, batch, block, window, seed):
+    order, whole = BlockOrder(samples, batch, seed, block, window), EpochOrder(samples, batch, seed)
+    assert order.steps_per_epoch == whole.steps_per_epoch
+    for epoch in range(2):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        batches = [order.batch(step) for step in steps]
+        assert [len(b) for b in batches] == [len(whole.batch(step)) for step in steps]
+        assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
+        assert {order.epoch_of(step) for step in steps} == {epoch}
+        # read in order, a block is opened once: at any time those of one window, or of two across an edge
+        seen = [set((b // block).tolist()) for b in batches]
+        spans = {name: [i for i, blocks in enumerate(seen) if name in blocks] for name in set().union(*seen)}
+        for first, last in [(min(at), max(at)) for at in spans.values()]:
+            assert last - first <= window * block // max(1, min(len(b) for b in batches)) + 2
+        # the last block may be short, and with it the window that it falls into
+        windows = -(-len(batches[0]) // (window * block)) + 1 + bool(samples % block)
+        assert max(map(len, seen)) <= window * windows
+
+
+def test_blocks_mix():
+    order = BlockOrder(10_000, 100, 3, 100, 10)
+    first, again = order.batch(0), order.batch(order.steps_per_epoch)
+    assert len(set((first // 100).tolist())) == 10 and sorted(first.tolist()) != sorted(again.tolist())
+    assert BlockOrder(10_000, 100, 4, 100, 10).batch(0).tolist() != first.tolist()
+    assert np.array_equal(order.batch(37), BlockOrder(10_000, 100, 3, 100, 10).batch(37))
+
+
+CLASSES = st.lists(st.integers(1, 9), min_size=4, max_size=30)
+
+
+def images_of(sizes) -> tuple[ImagesOfClasses, np.ndarray]:
+    label_N = np.random.default_rng(1).permutation(np.repeat(np.arange(len(sizes)), sizes)).astype(np.int64)
+    return ImagesOfClasses.of(label_N, len(sizes)), label_N
+
+
+@given(sizes=CLASSES, batch=st.integers(2, 40), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_balanced_takes_classes_in_turn_and_every_image_before_one_again(sizes, batch, seed):
+    images, label_N = images_of(sizes)
+    order = BalancedOrder(images, batch, seed)
+    rounds = 2 * max(sizes) + 1
+    steps = -(-rounds * len(sizes) // batch)
+    drawn = np.concatenate([order.batch(step) for step in range(steps)])[: rounds * len(sizes)]
+    assert all(len(order.batch(step)) == batch for step in range(2))
+    for number in range(rounds):
+        assert sorted(label_N[drawn[number * len(sizes) : (number + 1) * len(sizes)]]) == list(range(len(sizes)))
+    for label, size in enumerate(sizes):
+        of_class = drawn[label_N[drawn] == label].tolist()
+        for first in range(0, len(of_class) - size + 1, size):
+            assert len(set(of_class[first : first + size])) == size
+
+
+@given(sizes=CLASSES, identities=st.integers(1, 4), per_identity=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=60)
+def test_p_identities_with_k_images(sizes, identities, per_identity, seed):
+    images, label_N = images_of(sizes)
+    order = PKOrder(images, identities * per_identity, seed, per_identity)
+    seen = [0] * len(sizes)
+    for step in range(40):
+        batch = order.batch(step).reshape(identities, per_identity)
+        labels = label_N[batch]
+        assert (labels == labels[:, :1]).all() and len(set(labels[:, 0].tolist())) == identities
+        for label, row in zip(labels[:, 0].tolist(), batch.tolist(), strict=True):
+            seen[label] += 1
+            counts = np.unique(row, return_counts=True)[1]
+            assert len(counts) == min(per_identity, sizes[label]) and counts.max() - counts.min() <= 1
+    if 40 * identities >= 6 * len(sizes):
+        assert min(seen) >= 1
+
+
+@pytest.mark.parametrize("kind", ["blocks", "balanced", "pk"])
+def test_any_number_of_ranks_from_any_step(kind):
+    images, _ = images_of([3, 5, 9, 4, 7, 8, 6, 5] * 5)
+    samples = len(images.position_N)
+    order = {
+        "blocks": BlockOrder(samples, 24, 7, 10, 3),
+        "balanced": BalancedOrder(images, 24, 7),
+        "pk": PKOrder(images, 24, 7, 4),
+    }[kind]
+    steps = 2 * order.steps_per_epoch + 3
+    whole = [order.batch(step).tolist() for step in range(steps)]
+    for ranks, first in itertools.product((1, 2, 3), (0, 5)):
+        plans = [list(training_plan(order, rank, ranks, first, steps)) for rank in range(ranks)]
+        assert {len(plan) for plan in plans} == {steps - first}
+        for number, step in enumerate(range(first, steps)):
+            parts = [plan[number].positions for plan in plans]
+            assert np.concatenate(parts).tolist() == whole[step]
+            assert [len(part) for part in parts] == list(plans[0][number].rows_per_rank)
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert rank_slice(24, 0, 3) == slice(0, 8)
+
+
+def test_a_billion_samples_take_no_memory():
+    order = BlockOrder(10**9, 4096, 1, 100_000, 16)
+    batch = order.batch(123_456)
+    assert len(batch) in (4095, 4096) and len(set((batch // 100_000).tolist())) <= 32
+    assert len(np.unique(batch)) == len(batch)
