@@ -20,7 +20,7 @@ from torch import nn
 
 from launch.bridge import some_identities
 from launch.job import Job, OldModel, embedded
-from launch.parts import open_parts
+from launch.parts import cache_settings, open_parts
 from launch.prepare import open_old_model
 from launch.stored import StoredOld, open_stored
 from lce_dist.compat.closed_form import PairSums, least_squares
@@ -76,7 +76,7 @@ def look(job: Job, step: int) -> Look | None:
     except (CheckpointError, OSError):
         return None
     net.eval().requires_grad_(False)
-    dataset = PackedDataset.open(job.data_dir)
+    dataset = PackedDataset.open(job.data_dir, cache_settings(job.config))
     parts = open_parts(config.data, job.base_dir, dataset)
     test = _some(parts.view("heldout"), config.run.seed, config.checkpoint.evaluate_images)
     new = _set(job, "new", net, config.new.embedding_dim, test, alone)

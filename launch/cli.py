@@ -18,7 +18,7 @@ from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
 from launch.methods_cli import add_methods_command
-from launch.runs_cli import add_run_commands
+from launch.runs_cli import add_run_commands, node_range
 from lce_dist.config import Config, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
 
@@ -57,8 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         "  launch/train.sh --nodes 4\n"
         "  launch/train.sh --nodes 4 --config configs/omniglot.toml --with-independent\n"
         "  launch/train.sh --nodes 2 --config mine.toml --set optim.lr=0.05 --name slower\n"
+        "  launch/train.sh --nodes 4 --config mine.toml --check\n"
+        "  launch/train.sh --nodes 2:4 --config mine.toml\n"
         "  RAY_ADDRESS=http://HEAD:8265 launch/train.sh --nodes 4\n"
-        "  launch/train.sh --nodes 4 --target k8s --image IMAGE --dry-run\n\n" + _EXIT_CODES,
+        "  launch/train.sh --nodes 4 --target k8s --image IMAGE --dry-run\n"
+        "  launch/train.sh --nodes 2:4 --target k8s --image IMAGE --follow\n\n" + _EXIT_CODES,
         formatter_class=raw,
     )
     _add_run_flags(train)
@@ -73,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--namespace", help="k8s: namespace (default: lce-dist)")
     train.add_argument("--overlay", choices=("gpu", "base"), help="k8s: kustomize overlay (default: gpu)")
     train.add_argument("--dry-run", action="store_true", help="k8s: print the manifests instead of applying them")
+    train.add_argument(
+        "--wait", action="store_true", help="k8s: return when the job has ended, with its exit code (elsewhere always)"
+    )
+    train.add_argument("--follow", action="store_true", help="k8s: show its log and progress, too (elsewhere always)")
     train.set_defaults(run=_train)
 
     job = commands.add_parser("job", help="the same run, started inside a Ray cluster (what a submitted job executes)")
@@ -133,12 +140,21 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one setting; repeatable"
     )
-    parser.add_argument("--nodes", type=int, default=1, help="Ray nodes (default: 1)")
+    parser.add_argument(
+        "--nodes",
+        type=node_range,
+        default=(None, 1),
+        metavar="N or MIN:MAX",
+        help="Ray nodes; MIN:MAX goes on with fewer when some are lost, and grows again (default: 1)",
+    )
     parser.add_argument("--workers-per-node", type=int, default=1, help="workers, or GPUs, on each node (default: 1)")
     parser.add_argument("--name", help="run name; results are in RUN_DIR/NAME (default: the config's run.name)")
     parser.add_argument("--run-dir", help="where runs are kept (default: the config's run.dir, ./runs)")
     parser.add_argument(
         "--with-independent", action="store_true", help="also train the new model without compatibility, as a control"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="look at config, data, models, storage and MLflow, and train nothing"
     )
     parser.add_argument("--fresh", action="store_true", help="forget what this run has done so far")
 
@@ -194,8 +210,15 @@ def _run_here(arguments: argparse.Namespace, config: Config, on_cluster: bool) -
 def _options(arguments: argparse.Namespace, on_cluster: bool) -> TrainOptions:
     from launch.train import TrainOptions
 
+    least, most = arguments.nodes
     return TrainOptions(
-        arguments.nodes, arguments.workers_per_node, arguments.with_independent, arguments.fresh, on_cluster
+        most,
+        arguments.workers_per_node,
+        arguments.with_independent,
+        arguments.fresh,
+        on_cluster,
+        least,
+        arguments.check,
     )
 
 
@@ -220,7 +243,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:
-    from launch.kubernetes import KubernetesOptions, apply, job_name, render
+    from launch.kubernetes import KubernetesOptions, apply, job_name, render, wait_for_job
 
     if arguments.fresh:
         raise ConfigError(
@@ -230,8 +253,11 @@ def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None
         raise ConfigError("--run-dir is for runs here; a Kubernetes job writes to /runs of its claim. Use --storage")
     overlay: Literal["gpu", "base"] = arguments.overlay or "gpu"
     namespace = arguments.namespace or "lce-dist"
+    if arguments.check:
+        raise ConfigError("--check looks at what is seen from here; the storage of a Kubernetes job is not. Remove it")
     options = KubernetesOptions(
-        nodes=arguments.nodes,
+        nodes=arguments.nodes[1],
+        min_nodes=arguments.nodes[0],
         workers_per_node=arguments.workers_per_node,
         gpus_per_node=arguments.workers_per_node if overlay == "gpu" else 0,
         image=arguments.image or "lce-dist:0.1.0",
@@ -248,8 +274,11 @@ def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None
         return
     apply(options)
     name = job_name(options)
+    if arguments.follow or arguments.wait:
+        wait_for_job(name, namespace, arguments.follow)
+        return
     print(f"RayJob {namespace}/{name} is on its way; follow it with:")
-    print(f"  kubectl --namespace {namespace} logs --follow job/{name}")
+    print(f"  lce logs {config.run.name} --target k8s --namespace {namespace} --follow")
 
 
 if __name__ == "__main__":

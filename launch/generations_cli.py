@@ -102,7 +102,7 @@ def plain(found: Generations, far: float) -> dict[str, Any]:
 
 
 def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrade:
-    from launch.parts import open_parts
+    from launch.parts import cache_settings, open_parts
     from launch.prepare import prepare_data
     from lce_dist.config import parse_config
 
@@ -114,7 +114,7 @@ def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrad
     except json.JSONDecodeError as error:
         raise ConfigError(f"{resolved} is damaged ({error}); run the same command again") from None
     config = parse_config(values, str(resolved), json_mode=True)
-    dataset = prepare_data(config.data, directory.parent / ".cache", progress)
+    dataset = prepare_data(config.data, directory.parent / ".cache", progress, cache_settings(config))
     return _Upgrade(directory, config, dataset, open_parts(config.data, Path(), dataset).identities)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from torch import nn
 
 from launch.bridge import bridge_stage, some_identities
 from launch.pair_sets import accuracy_cells, open_pair_sets, pair_set_entries
-from launch.parts import open_parts
+from launch.parts import cache_settings, open_parts, training_order
+from launch.preflight import check_gpu_memory
 from launch.prepare import heldout_attributes, open_old_model
 from launch.report import RunFacts, write_report
 from launch.stored import StoredOld, open_stored
@@ -46,14 +49,15 @@ from lce_dist.training.plan import plan_stage
 from lce_dist.training.step import Compatibility
 from lce_dist.world import World
 from pipelines.manifest import PackedDataset, View
-from pipelines.order import EpochOrder, hash_ids
-from pipelines.stream import ImageStream, block_plan, training_plan
+from pipelines.order import hash_ids
+from pipelines.stream import BadImages, ImageStream, block_plan, training_plan
 
 # Embedding passes read in blocks of this many rows whatever the number of ranks: the same rows meet in the
 # same matrix product, so vectors, centres and scores are the same on any number of ranks.
 _BLOCK_ROWS = 128
 _CACHE_BYTES = 2 << 30
-STOP_FILE = "stop"  # in a run's directory: the driver asks the workers to save and end
+BAD_IMAGES_FILE = "bad_images.tsv"  # in a run's directory: stage, shard, key, reason
+_TELL_STEPS = 50  # between two numbers of how shards come
 _ROTATION_IMAGES = 20_000  # that the rotation beside the report is fitted to
 
 OldModel = nn.Module | StoredOld
@@ -77,10 +81,12 @@ class Job:
 def run_job(job: Job, world: World, report: Report) -> None:
     """Train old, measure its space, train new (and independent), evaluate, write the report."""
     config = job.config
-    dataset = PackedDataset.open(job.data_dir)
+    dataset = PackedDataset.open(job.data_dir, cache_settings(config))
     parts = open_parts(config.data, job.base_dir, dataset)
     old_view, train_view, test_view = parts.view("old"), parts.view("train"), parts.view("heldout")
 
+    if config.new.weights is None:
+        check_gpu_memory(config, train_view.num_classes, train_view.num_samples, world)
     old: OldModel
     if config.old.weights is not None:
         old = open_old_model(config, job.base_dir, world.device)
@@ -276,7 +282,7 @@ def _network(
         report({"type": "stage_skipped", "stage": name, "why": "finished before"})
     else:
         plan = plan_stage(config, len(view.sample_ids), len(view.identities), section.epochs, world.size)
-        order = EpochOrder(plan.num_samples, config.optim.global_batch, seed)
+        order = training_order(config, view, seed)
         stage = Stage(
             name,
             plan.num_classes,
@@ -288,7 +294,7 @@ def _network(
             job.mlflow_run_ids.get("parent"),
             view.identities[slice(*local_classes(plan.num_classes, world))],
             job.base_dir / config.head.start_from if name == "new" and config.head.start_from is not None else None,
-            job.run_dir / STOP_FILE,
+            job.run_dir,
         )
 
         @contextmanager
@@ -302,9 +308,10 @@ def _network(
                 seed,
                 world.device,
                 num_threads=config.cluster.reader_threads,
+                bad_images=_bad_images(job, name, view),
             )
             with stream:
-                yield iter(stream)
+                yield _told(iter(stream), view, name, step, plan.total_steps, report)
 
         trained = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
         card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
@@ -323,6 +330,47 @@ def _network(
             load_weights(beside, directory / "method.safetensors")
         report({"type": "stage_done", "stage": name})
     return net.to(world.device).eval().requires_grad_(False)
+
+
+def _bad_images(job: Job, stage: str, view: View) -> BadImages | None:
+    """By the policy of the config; every rank adds what it meets to bad_images.tsv, one line an image."""
+    data = job.config.data
+    if data.bad_images == "stop":
+        return None
+
+    def tell(shard: str, key: str, reason: str) -> None:
+        line = "\t".join((stage, shard, key, reason.replace("\t", " "))) + "\n"
+        descriptor = os.open(job.run_dir / BAD_IMAGES_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, line.encode())  # one write: lines of several ranks do not mix
+        finally:
+            os.close(descriptor)
+
+    return BadImages(max(1, int(data.bad_images_limit * view.num_samples)), tell)
+
+
+def _told(
+    batches: Iterator[Batch], view: View, stage: str, first_step: int, total_steps: int, report: Report
+) -> Iterator[Batch]:
+    """The same batches; of shards that lie at a URL it is reported how they come."""
+    if not view.dataset.is_remote:
+        yield from batches
+        return
+    fetched, start_s = view.dataset.cache.fetched, time.perf_counter()
+    bytes_before, waited_before_s = fetched.bytes_fetched, fetched.waited_s
+    for step, batch in enumerate(batches, start=first_step + 1):
+        yield batch
+        if step % _TELL_STEPS == 0:
+            passed_s = time.perf_counter() - start_s
+            metrics = {
+                "data/fetched_mib_per_s": (fetched.bytes_fetched - bytes_before) / 2**20 / passed_s,
+                "data/shard_wait_fraction": (fetched.waited_s - waited_before_s) / passed_s,
+                "data/cache_hits": float(fetched.hits),
+                "data/cache_misses": float(fetched.misses),
+            }
+            event = {"type": "metrics", "stage": stage, "step": step, "total_steps": total_steps}
+            report({**event, "metrics": metrics, "eta_s": 0.0})
+            start_s, bytes_before, waited_before_s = time.perf_counter(), fetched.bytes_fetched, fetched.waited_s
 
 
 def _save_classifier(

@@ -5,6 +5,7 @@ The RayJob's name is made from what the run is, so submitting the same run again
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -13,20 +14,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from lce_dist.config import PLACES, Config, load_config
-from lce_dist.errors import ConfigError, RunError, SetupError
+from lce_dist.errors import ConfigError, Interrupted, LceError, RunError, SetupError
 
 _MANIFESTS = Path(__file__).resolve().parents[1] / "k8s"
 _IMAGE = "lce-dist"
 _RUN_DIR, _DATA_DIR = "/runs", "/data"
 _NAME_LENGTH = 47  # KubeRay's limit for a RayJob, which leaves room for the suffixes of what it makes
 _KUBECTL_S = 120.0
+_WAIT_S, _UNANSWERED = 5.0, 12
 _FAILED = ("Failed", "ValidationFailed")
 _STATUS = r"jsonpath={.status.jobDeploymentStatus}{'\n'}{.status.message}"
 
@@ -51,7 +54,8 @@ class KubernetesOptions:
     """What a submission adds to a config. Checked here: ConfigError names the option, its value and the rule.
 
     ``storage`` is a size ("200Gi": a new volume) or the name of an existing claim; a claim's name has no capital
-    letter and a size has one in its unit, so a text is never both. ``name`` is the run's name.
+    letter and a size has one in its unit, so a text is never both. ``name`` is the run's name. min_nodes: the run starts on
+    ``nodes`` and goes on with as few as these while pods are replaced.
     """
 
     nodes: int
@@ -65,6 +69,7 @@ class KubernetesOptions:
     overlay: Literal["gpu", "base"] = "gpu"
     overrides: tuple[str, ...] = ()
     with_independent: bool = False
+    min_nodes: int | None = None
 
     def __post_init__(self) -> None:
         if self.overlay not in _OVERLAYS:
@@ -72,6 +77,8 @@ class KubernetesOptions:
         for option in ("nodes", "workers_per_node"):
             if getattr(self, option) < 1:
                 raise ConfigError(f"{option} is {getattr(self, option)}; must be at least 1")
+        if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
+            raise ConfigError(f"nodes is {self.nodes_text}; the first must be at least 1 and at most the second")
         if self.overlay == "base" and self.gpus_per_node != 0:
             raise ConfigError(
                 f"gpus_per_node is {self.gpus_per_node}; overlay 'base' has none. Use 0, or overlay 'gpu'"
@@ -96,6 +103,10 @@ class KubernetesOptions:
             )
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", self.name):
             raise ConfigError(f"name is {self.name!r}; must be lower-case letters, digits, '.', '_' or '-', at most 63")
+
+    @property
+    def nodes_text(self) -> str:
+        return str(self.nodes) if self.min_nodes is None else f"{self.min_nodes}:{self.nodes}"
 
 
 def job_name(options: KubernetesOptions) -> str:
@@ -175,12 +186,65 @@ def jobs_of(run: str | None, namespace: str) -> list[RayJobLine]:
     return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 
 
-def job_logs(name: str, namespace: str, follow: bool) -> None:
-    """Show what the RayJob's submitter prints; ``follow``: to its end. Errors: SetupError."""
-    arguments = ["logs", "--namespace", namespace, f"job/{name}", *(["--follow"] if follow else [])]
+def job_logs(name: str, namespace: str) -> None:
+    """Show what the RayJob's submitter has printed so far. Errors: SetupError."""
+    arguments = ["logs", "--namespace", namespace, f"job/{name}"]
     done = subprocess.run([_kubectl_program(), *arguments], check=False)  # noqa: S603 - no shell, and the arguments are ours
     if done.returncode != 0:
         raise SetupError(f"kubectl logs of {namespace}/{name} ended with {done.returncode}; is the job there already?")
+
+
+def wait_for_job(name: str, namespace: str, with_log: bool, say: Callable[[str], None] = print) -> None:
+    """Wait until the RayJob has ended, telling each state that it passes; ``with_log``: and what its submitter prints.
+
+    Errors: Interrupted when it was suspended or stopped; RunError with the exit code of the job; SetupError when the cluster
+    has not answered for a minute.
+    """
+    told, failures, read_to = "", 0, ""
+    try:
+        while True:
+            try:
+                job = json.loads(
+                    _kubectl(["get", "rayjobs.ray.io", name, "--namespace", namespace, "--output", "json"])
+                )
+                failures = 0
+            except SetupError:  # an API server is updated now and then; the job runs on
+                failures += 1
+                if failures > _UNANSWERED:
+                    raise
+                time.sleep(_WAIT_S)
+                continue
+            status = job.get("status", {})
+            state = status.get("jobDeploymentStatus") or "Waiting"
+            if state != told:
+                say(f"RayJob {namespace}/{name}: {state}")
+                told = state
+            if state in (*_FAILED, "Complete", "Suspended"):
+                _raise_unless_done(f"{namespace}/{name}", state, status)
+                return
+            if with_log and state == "Running":
+                since = ["--since-time", read_to] if read_to else []
+                _show_log([f"job/{name}", "--namespace", namespace, "--follow", *since])
+                read_to = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            time.sleep(_WAIT_S)
+    except KeyboardInterrupt:
+        raise Interrupted(f"RayJob {namespace}/{name} runs on; the same command follows it, lce stop ends it") from None
+
+
+def _raise_unless_done(job: str, state: str, status: Mapping[str, Any]) -> None:
+    message = str(status.get("message", ""))
+    if state == "Suspended" or status.get("jobStatus") == "STOPPED":
+        raise Interrupted(f"RayJob {job} was stopped; lce resume goes on from the last checkpoint")
+    if state in _FAILED:
+        failure: LceError = RunError(f"RayJob {job} is {state}: {_last_line(message) or 'no message'}")
+        code = re.search(r"exit code (\d+)", message)
+        failure.exit_code = int(code[1]) if code else 1
+        raise failure
+
+
+def _show_log(arguments: list[str]) -> None:
+    """Print a log until it breaks off; that there is none yet is no error."""
+    subprocess.run([_kubectl_program(), "logs", *arguments], stderr=subprocess.DEVNULL, check=False)  # noqa: S603 - no shell, and the arguments are ours
 
 
 def stop_job(name: str, namespace: str) -> None:
@@ -226,7 +290,13 @@ def _checked_config(options: KubernetesOptions) -> Config:
 
 def _job_name(options: KubernetesOptions, config: Config) -> str:
     content = json.dumps(
-        [options.name, config.fingerprint(), options.nodes, options.overrides, options.with_independent]
+        [
+            options.name,
+            config.fingerprint(),
+            options.nodes if options.min_nodes is None else options.nodes_text,
+            options.overrides,
+            options.with_independent,
+        ]
     )
     digest = hashlib.sha256(content.encode()).hexdigest()[:10]
     stem = re.sub(r"[^a-z0-9]+", "-", options.name)
@@ -268,7 +338,7 @@ def _job_patch(options: KubernetesOptions, config: Config) -> list[dict[str, Any
     group = "/spec/rayClusterSpec/workerGroupSpecs/0"
     pod = f"{group}/template/spec"
     entrypoint = (
-        f"python -m launch.cli job --config /etc/lce/config.toml --nodes {options.nodes} "
+        f"python -m launch.cli job --config /etc/lce/config.toml --nodes {options.nodes_text} "
         f"--workers-per-node {workers} --name {options.name} --run-dir {_RUN_DIR}"
     )
     asked = [word for override in options.overrides for word in ("--set", override)]
@@ -281,7 +351,7 @@ def _job_patch(options: KubernetesOptions, config: Config) -> list[dict[str, Any
         {"op": "replace", "path": "/metadata/name", "value": _job_name(options, config)},
         {"op": "replace", "path": "/spec/entrypoint", "value": entrypoint},
         {"op": "replace", "path": f"{group}/replicas", "value": options.nodes},
-        {"op": "replace", "path": f"{group}/minReplicas", "value": options.nodes},
+        {"op": "replace", "path": f"{group}/minReplicas", "value": options.min_nodes or options.nodes},
         {"op": "replace", "path": f"{group}/maxReplicas", "value": options.nodes},
         {"op": "test", "path": f"{pod}/containers/0/name", "value": "ray-worker"},
         {"op": "replace", "path": f"{pod}/containers/0/resources", "value": {"requests": amounts, "limits": amounts}},

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lce_dist.config import DataConfig
+from lce_dist.config import Config, DataConfig
+from lce_dist.errors import ConfigError
+from pipelines.cache import CacheSettings
 from pipelines.manifest import IdentitySplit, PackedDataset, View, split_identities
+from pipelines.order import BlockOrder, EpochOrder, Order
+from pipelines.sampling import BalancedOrder, ImagesOfClasses, PKOrder
 from pipelines.splits import OpenSplit, open_split, select_samples
 
 Part = Literal["old", "train", "heldout"]
@@ -43,3 +47,35 @@ def open_parts(data: DataConfig, base_dir: Path, dataset: PackedDataset) -> Part
         return Parts(dataset, found.identities, found)
     people = split_identities(dataset.identities, data.heldout_identities, data.old_identities, data.split_seed)
     return Parts(dataset, people, None)
+
+
+def cache_settings(config: Config) -> CacheSettings:
+    """Where shards are kept that lie at a URL."""
+    folder = config.cluster.cache_dir
+    return CacheSettings(None if folder is None else Path(folder), config.cluster.cache_gib)
+
+
+def shuffle_of(data: DataConfig, dataset: PackedDataset) -> Literal["global", "blocks"]:
+    """What data.shuffle = "auto" means for a data set."""
+    if data.shuffle != "auto":
+        return data.shuffle
+    return "blocks" if dataset.is_remote and data.sampling == "uniform" else "global"
+
+
+def training_order(config: Config, view: View, seed: int) -> Order:
+    """In which order a stage sees the images of a view. Errors: ConfigError for too few identities."""
+    data, batch = config.data, config.optim.global_batch
+    if data.sampling == "uniform":
+        if shuffle_of(data, view.dataset) == "blocks":
+            return BlockOrder(view.num_samples, batch, seed, data.shuffle_block, data.shuffle_window)
+        return EpochOrder(view.num_samples, batch, seed)
+    images = ImagesOfClasses.of(view.labels, view.num_classes)
+    if data.sampling == "balanced":
+        return BalancedOrder(images, batch, seed)
+    needed = batch // data.images_per_identity
+    if needed > view.num_classes:
+        raise ConfigError(
+            f"data.sampling is 'pk', and a batch holds {needed} identities (optim.global_batch / data.images_per_identity); the "
+            f"training set has {view.num_classes}. Lower optim.global_batch or raise data.images_per_identity"
+        )
+    return PKOrder(images, batch, seed, data.images_per_identity)

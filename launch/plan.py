@@ -20,7 +20,7 @@ from lce_dist.config import Config
 from lce_dist.errors import ConfigError, SetupError
 from lce_dist.models.catalog import build_net
 from lce_dist.planning import Fix, Machine, Plan, SamplingGain
-from pipelines.manifest import MANIFEST_FILE, PackedDataset
+from pipelines.manifest import MANIFEST_FILE, PackedDataset, fetch_description, is_url
 from pipelines.pack import source_fingerprint
 
 GPU_KINDS = (*planning.MACHINES, "cpu")
@@ -60,7 +60,7 @@ def plan_text(config: Config, asked: Asked) -> tuple[str, SetupError | None]:
         text = "\n".join(_page(plans[0], gains[0], fixes[0], machine))
     else:
         text = "\n".join(_table(plans, gains, fixes))
-    return text, next((_refusal(made, fix) for made, fix in zip(plans, fixes, strict=True) if not made.fits), None)
+    return text, next((refusal(made, fix) for made, fix in zip(plans, fixes, strict=True) if not made.fits), None)
 
 
 def _sizes(config: Config, asked: Asked) -> list[tuple[int, int]]:
@@ -97,7 +97,9 @@ def _counted(config: Config) -> tuple[int, int]:
                 f"({data.synthetic.identities})"
             )
         return identities, identities * data.synthetic.photos_per_identity
-    if data.shards is not None:
+    if data.shards is not None and is_url(data.shards):
+        directory = fetch_description(data.shards, Path(config.run.dir) / ".cache")
+    elif data.shards is not None:
         directory = Path(data.shards)
     else:
         assert data.images is not None
@@ -251,7 +253,8 @@ def _fix_text(fix: Fix) -> str:
     return f"{' '.join(ways)} ({fix.peak_bytes / 1e9:.1f} GB, {fix.step_s * 1e3:.1f} ms a step)"
 
 
-def _refusal(made: Plan, fixes: list[Fix]) -> SetupError:
+def refusal(made: Plan, fixes: list[Fix]) -> SetupError:
+    """The error for a plan that does not fit, with the best of what would."""
     fix = f"Use {_fix_text(fixes[0])}" if fixes else "No setting and no number of nodes up to 4,096 is enough"
     return SetupError(
         f"the plan for {made.num_classes:,} identities needs {made.peak_bytes / 1e9:.1f} GB a rank; "

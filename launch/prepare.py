@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from launch.pair_sets import file_fingerprint, open_pair_sets
-from launch.parts import Part, Parts, open_parts
+from launch.parts import Part, Parts, cache_settings, open_parts, shuffle_of, training_order
 from launch.stored import check_against_vectors, open_stored
 from lce_dist.compat.methods import find_method
 from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
@@ -28,7 +28,8 @@ from lce_dist.models.preprocess import InputSpec
 from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
 from pipelines.attributes import Columns, attributes_of, drawn_attributes
-from pipelines.manifest import IdentitySplit, PackedDataset
+from pipelines.cache import DEFAULT_CACHE, CacheSettings
+from pipelines.manifest import IdentitySplit, PackedDataset, fetch_description, is_url
 from pipelines.pack import pack_folder, pack_images, source_fingerprint
 from pipelines.synthetic import identity_key, photos
 
@@ -59,20 +60,28 @@ class Prepared:
         """All that the trained weights depend on: settings, data, given weights and rows."""
         given: dict[str, object] = {"old_weights": self.old_weights, "new_weights": self.new_weights}
         given |= {"first_rows": self.first_rows, "split": self.parts.fingerprint}
-        return {**config.training_values(), "data_content": self.dataset.fingerprint_in_use, **given}
+        values = config.training_values()
+        # the same images read from elsewhere come in the same order
+        values["data"]["shuffle"] = shuffle_of(config.data, self.dataset)
+        return {**values, "data_content": self.dataset.fingerprint_in_use, **given}
 
     def examination(self, config: Config) -> dict[str, object]:
         """All that the report of trained weights depends on."""
         return {**config.evaluation_values(), "pair_sets": list(self.pair_sets), "attributes": self.attributes}
 
 
-def prepare_data(config: DataConfig, cache: Path, progress: Progress) -> PackedDataset:
+def prepare_data(
+    config: DataConfig, cache: Path, progress: Progress, shards: CacheSettings = DEFAULT_CACHE
+) -> PackedDataset:
     """The packed data set that the config names: opened, or packed once into ``cache``.
 
-    Errors: DataError and ConfigError, one line each.
+    Of one at a URL everything but the shards is brought there; ``shards`` says where those are kept. Errors: DataError and ConfigError, one line each.
     """
     if config.shards is not None:
-        return PackedDataset.open(Path(config.shards))
+        if not is_url(config.shards):
+            return PackedDataset.open(Path(config.shards), shards)
+        with _one_at_a_time(cache):
+            return PackedDataset.open(fetch_description(config.shards, cache), shards)
     if config.images is not None:
         source = Path(config.images)
         out = cache / f"images-{source_fingerprint(source)}"
@@ -132,7 +141,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
                 f"new.embedding_dim ({config.new.embedding_dim}). Name another classifier"
             )
         first_rows = classifier.fingerprint(Path(config.head.start_from), in_mib(progress, "reading rows"))
-    dataset = prepare_data(config.data, cache, progress)
+    dataset = prepare_data(config.data, cache, progress, cache_settings(config))
     old_weights = None if old_model is None else old_model.fingerprint
     if config.old.vectors is not None:
         vectors = Path(config.old.vectors)
@@ -163,6 +172,8 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         if section.weights is None and not (name == "old" and config.old.vectors is not None):
             view = parts.view(part)
             plans[name] = plan_stage(config, view.num_samples, view.num_classes, section.epochs, num_ranks)
+            if config.data.sampling == "pk":
+                training_order(config, view, 0)  # refuses batches of more identities than there are
     fingerprints = tuple(one.fingerprint for one in pair_sets)
     named = config.evaluation.attributes
     attributes = None if named is None else file_fingerprint(Path(named))

@@ -35,7 +35,7 @@ class RunProgress:
         )
         self._tasks: dict[str, TaskID] = {}
         self._printed_s: dict[str, float] = {}
-        self._attempts = 0
+        self._ranks = 0  # none before the first attempt
 
     def __enter__(self) -> RunProgress:
         if self._live:
@@ -61,9 +61,11 @@ class RunProgress:
         kind, stage = event["type"], event.get("stage", "")
         name = _NAMES.get(stage, stage)
         if kind == "workers_up":
-            self._attempts += 1
-            if self._attempts > 1:
+            ranks, before, self._ranks = event["num_ranks"], self._ranks, event["num_ranks"]
+            if before == ranks:
                 self.note("a worker was lost; all of them were restarted and go on from the last checkpoint")
+            elif before:
+                self.note(f"now {ranks} workers, after {before}: they go on from the last checkpoint")
         elif kind == "stage_start":
             classes = f", {event['num_classes']:,} classes" if "num_classes" in event else ""
             if event["first_step"]:
@@ -91,6 +93,8 @@ class RunProgress:
                 self._progress.update(self._tasks[name], completed=self._progress.tasks[self._tasks[name]].total)
         elif kind == "warning":
             self.note(f"warning: {event['text']}")
+        elif kind == "profile":
+            self.note(f"{name}: profile up to step {event['step']}: {event['files'][0]}")
         elif kind == "beside":
             told = {key.removeprefix("beside/"): value for key, value in event["metrics"].items()}
             cells = [

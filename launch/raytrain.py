@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.job import Job, job_from_arguments, run_job, worker_arguments
-from lce_dist.errors import LceError, RunError, SetupError
+from launch.pulse import Place, Pulse, Stall, missing, whom_it_waits_for
+from lce_dist.errors import Interrupted, LceError, RunError, SetupError
+from lce_dist.training.requests import SAVE_FILE
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,21 +31,50 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing large travels through Ray
 _POLL_S = 0.2
+_DRAIN_POLL_S = 2.0
+_RESIZE_S = 30.0  # between two looks for nodes that have come, in an elastic run
 _BESIDE_CPUS = 4  # at most, for a look at a checkpoint
+_ELASTIC_START_S, _ELASTIC_TIMES = 20, 3
 _PLACEMENT_ATTEMPTS = 5  # of a minute each; Ray would wait for ever, in silence
+
+
+GAUGES = {
+    "lce_step": "steps of the stage that are done",
+    "lce_total_steps": "steps of the stage",
+    "lce_step_seconds": "mean time of a step",
+    "lce_busy_seconds": "mean time of a step that is neither waiting for data nor in collectives",
+    "lce_data_wait_seconds": "mean time a step waited for its batch",
+    "lce_communication_seconds": "mean time of a step in collectives, waiting for other ranks included",
+    "lce_memory_bytes": "peak memory: of the GPU, or resident where there is none",
+    "lce_images_per_second": "images of all ranks, since the stage was started or gone on with",
+    "lce_steps_lost": "steps left out because they were not finite",
+    "lce_loss_total": "loss of a global batch",
+    "lce_loss_classification": "its classification part",
+    "lce_loss_alignment": "its alignment part, before its weight",
+    "lce_loss_boundary": "its boundary part, before its weight",
+}
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How many nodes, how many workers on each, and whether each has a GPU."""
+    """How many nodes (at least and at most), how many workers on each, and whether each has a GPU."""
 
     nodes: int
     workers_per_node: int
     use_gpu: bool
+    min_nodes: int | None = None  # where a run may go on with fewer
 
     @property
     def num_ranks(self) -> int:
         return self.nodes * self.workers_per_node
+
+    @property
+    def least_nodes(self) -> int:
+        return self.min_nodes or self.nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.least_nodes < self.nodes
 
 
 def local_gpus() -> int:
@@ -113,10 +144,11 @@ def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]
     try:
         resource = "GPU" if placement.use_gpu else "CPU"
         fitting = _nodes_with(resource, placement)
-        if fitting < placement.nodes:
+        if fitting < placement.least_nodes:
             raise SetupError(
-                f"--nodes is {placement.nodes}; the cluster has {fitting} nodes with at least "
-                f"{placement.workers_per_node} {resource}. Use --nodes {fitting} or add nodes"
+                f"--nodes asks for {placement.least_nodes}; nodes of the cluster with at least "
+                f"{placement.workers_per_node} {resource}: {fitting}. Add nodes"
+                + (f" or use --nodes {fitting}" if fitting else "")
             )
         yield
     finally:
@@ -125,7 +157,7 @@ def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]
 
 def cluster_has_gpus(placement: Placement) -> bool:
     """Whether enough nodes of the connected cluster have a GPU for each of their workers."""
-    return _nodes_with("GPU", placement) >= placement.nodes
+    return _nodes_with("GPU", placement) >= placement.least_nodes
 
 
 def _nodes_with(resource: str, placement: Placement) -> int:
@@ -146,27 +178,38 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     shutil.rmtree(job.run_dir / "ray", ignore_errors=True)  # of earlier attempts; nothing is read from it
+    _log_to(job.run_dir / "ray.log")
+    if placement.is_elastic:  # Ray first tries with as many nodes as before
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_ELASTIC_START_S))
     # on the driver's node: it must not go when a worker's node goes
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote
     mailbox = remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
-    arguments = {**worker_arguments(job), "mailbox": mailbox, "use_gpu": placement.use_gpu, "nodes": placement.nodes}
+    arguments = {**worker_arguments(job), "mailbox": mailbox, "use_gpu": placement.use_gpu}
+    arguments["workers_per_node"] = placement.workers_per_node
+    least = placement.least_nodes * placement.workers_per_node
+    workers: Any = (least, placement.num_ranks) if placement.is_elastic else placement.num_ranks
     trainer = TorchTrainer(
         _worker,
         train_loop_config=arguments,
-        torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo", timeout_s=600),
+        torch_config=TorchConfig(
+            backend="nccl" if placement.use_gpu else "gloo", timeout_s=job.config.faults.collective_timeout_s
+        ),
         scaling_config=ScalingConfig(
-            num_workers=placement.num_ranks,
+            num_workers=workers,
+            elastic_resize_monitor_interval_s=_RESIZE_S,  # type: ignore[call-arg]
             use_gpu=placement.use_gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if placement.use_gpu else {})},
-            placement_strategy="STRICT_SPREAD" if placement.workers_per_node == 1 else "PACK",
+            placement_strategy="STRICT_SPREAD"
+            if placement.workers_per_node == 1 and not placement.is_elastic
+            else "PACK",
         ),
         run_config=RunConfig(
             name=f"attempt-{uuid.uuid4().hex[:12]}",
             storage_path=str(job.run_dir / "ray"),
             failure_config=FailureConfig(
                 max_failures=job.config.cluster.max_failures,
-                controller_failure_limit=_PLACEMENT_ATTEMPTS,  # type: ignore[call-arg]
+                controller_failure_limit=_PLACEMENT_ATTEMPTS * (_ELASTIC_TIMES if placement.is_elastic else 1),  # type: ignore[call-arg]
             ),
             worker_runtime_env={"env_vars": _worker_environment(placement)},
         ),
@@ -181,6 +224,7 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
             outcome.put(error)
 
     beside = _Beside(job, placement)
+    watch = _Watch(job, mailbox)
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     fatal: LceError | None = None
@@ -190,9 +234,11 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
             if event["type"] == "fatal":
                 fatal = _error_of(event)
             else:
+                watch.see(event)
                 yield event
                 yield from beside.tell(event)
         yield from beside.results()
+        yield from watch.notes()
         if fatal is not None:
             raise fatal
         if ended:
@@ -203,6 +249,11 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     if error is not None:
         log = job.run_dir / "failure.log"
         log.write_text(str(error))
+        if watch.drained:
+            raise Interrupted(
+                f"nodes of this run were drained and no others came in {_PLACEMENT_ATTEMPTS} min; the same command goes on from "
+                "the last checkpoint when there are nodes again"
+            )
         raise RunError(
             f"the workers could not be placed, or failed more than cluster.max_failures "
             f"({job.config.cluster.max_failures}) times: {_last_line(error)}. All of it is in {log}; "
@@ -288,13 +339,120 @@ def _look(arguments: dict[str, Any], step: int, num_threads: int) -> dict[str, A
     return None if found is None else {"step": step, "metrics": found.metrics(), "warning": found.warning}
 
 
+class _Watch:
+    """Tells of steps that have ceased, and asks for a checkpoint when a node of this run is about to go."""
+
+    def __init__(self, job: Job, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._save_file = job.run_dir / SAVE_FILE
+        self._grace_s = job.config.checkpoint.grace_s
+        self._stall = Stall(float(job.config.faults.stall_note_s))
+        self._restart_s = float(job.config.faults.collective_timeout_s)
+        self._killed: set[int] = set()
+        self._asked: dict[str, int] = {}  # node that drains: how often a checkpoint was asked for
+        self._polled_s = 0.0
+        self.drained = False
+
+    def see(self, event: dict[str, Any]) -> None:
+        """Take note of what the first rank reports."""
+        self._stall.see(event, time.monotonic())
+        if event["type"] == "workers_up":
+            self._asked.clear()
+
+    def notes(self) -> Iterator[dict[str, Any]]:
+        """What there is to tell now."""
+        import ray
+
+        now_s = time.monotonic()
+        if self._stall.is_new(now_s):
+            whom = whom_it_waits_for(_places(ray.get(self._mailbox.places.remote())))
+            yield {"type": "warning", "text": f"no step for {self._stall.seconds(now_s):.0f} s: {whom}"}
+        if self._stall.seconds(now_s) > self._restart_s:
+            yield from self._restart(now_s)
+        if now_s - self._polled_s >= _DRAIN_POLL_S:
+            self._polled_s = now_s
+            yield from self._drains()
+
+    def _restart(self, now_s: float) -> Iterator[dict[str, Any]]:
+        """End the workers that the others wait for; Ray Train then starts all of them again.
+
+        Time-outs of the collectives themselves do not reach those that DeepSpeed makes, nor a process that is frozen.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        remote: Any = ray.remote
+        for place in missing(_places(ray.get(self._mailbox.places.remote()))):
+            if place.pid not in self._killed:
+                self._killed.add(place.pid)
+                there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
+                remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_worker).remote(place.pid)
+                text = f"{place.name()} is ended: no step for {self._stall.seconds(now_s):.0f} s (faults.collective_timeout_s)"
+                yield {"type": "warning", "text": text}
+
+    def _drains(self) -> Iterator[dict[str, Any]]:
+        import ray
+
+        draining = _draining_nodes()
+        if not draining:
+            return
+        places = [place for place, _ in _places(ray.get(self._mailbox.places.remote())).values()]
+        for node, deadline_ms in draining.items():
+            ranks = sorted(place.rank for place in places if place.node_id == node)
+            left_s = deadline_ms / 1000.0 - time.time() if deadline_ms else None
+            asked = self._asked.get(node, 0)
+            # at once, and, where the notice is long, once more near its end
+            if not ranks or asked == 2 or (asked == 1 and (left_s is None or not 0.0 < left_s < 2 * self._grace_s)):
+                continue
+            self._asked[node] = asked + 1
+            self.drained = True
+            self._save_file.touch()
+            if asked == 0:
+                until = "" if left_s is None else f" in {max(0.0, left_s):.0f} s"
+                host = next(place.host for place in places if place.node_id == node)
+                yield {
+                    "type": "warning",
+                    "text": f"node {host} of rank {ranks[0]} goes{until}: saving a checkpoint now",
+                }
+
+
+def _end_worker(pid: int) -> None:
+    if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():  # the number may be somebody else's by now
+        os.kill(pid, signal.SIGKILL)
+
+
+def _places(told: dict[int, tuple[dict[str, Any], float]]) -> dict[int, tuple[Place, float]]:
+    return {rank: (Place(**place), age_s) for rank, (place, age_s) in told.items()}
+
+
+def _draining_nodes() -> dict[str, int]:
+    """Ids of nodes that were told to go, and when they will be gone (ms since 1970; 0: not said)."""
+    import ray
+
+    try:
+        # what Ray Train itself asks; there is no public way
+        found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    except Exception:  # noqa: BLE001 - the cluster's head does not answer now; training does not depend on it
+        return {}
+    return found
+
+
 class _Mailbox:
-    """An actor that holds events until the driver takes them; writers never wait for it."""
+    """An actor that holds events until the driver takes them, and each worker's place; writers never wait for it."""
 
     def __init__(self) -> None:
         self._events: list[dict[str, Any]] = []
+        self._places: dict[int, tuple[dict[str, Any], float]] = {}
+
+    def here(self, place: dict[str, Any]) -> None:
+        self._places[place["rank"]] = place, time.monotonic()
+
+    def places(self) -> dict[int, tuple[dict[str, Any], float]]:
+        return {rank: (place, time.monotonic() - told_s) for rank, (place, told_s) in self._places.items()}
 
     def put(self, event: dict[str, Any]) -> None:
+        if event["type"] == "workers_up":
+            self._places.clear()  # of workers that are no more
         self._events.append(event)
 
     def take(self) -> list[dict[str, Any]]:
@@ -312,21 +470,63 @@ def _worker(arguments: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     device = torch.device("cuda", torch.cuda.current_device()) if arguments["use_gpu"] else torch.device("cpu")
-    world = World(context.get_world_rank(), context.get_world_size(), arguments["nodes"], device)
+    size = context.get_world_size()
+    world = World(context.get_world_rank(), size, -(-size // arguments["workers_per_node"]), device)
     mailbox = arguments["mailbox"]
 
+    gauges = _Gauges(job_from_arguments(arguments).config.run.name, world.rank)
+
     def report(event: dict[str, Any]) -> None:
+        gauges.set(event)
         if world.is_first:
-            mailbox.put.remote(event)
+            mailbox.put.remote({key: value for key, value in event.items() if key != "own"})
 
     report({"type": "workers_up", "num_ranks": world.size})
+    node_id = ray.get_runtime_context().get_node_id()
     try:
-        run_job(job_from_arguments(arguments), world, report)
+        with Pulse(world.rank, node_id, lambda place: mailbox.here.remote(place) and None):
+            run_job(job_from_arguments(arguments), world, report)
     except LceError as error:
         # retrying cannot help: the driver is told first, then this attempt ends for all ranks
         fatal = {"type": "fatal", "name": type(error).__name__, "text": str(error)}
         ray.get(mailbox.put.remote(fatal))
         raise
+
+
+class _Gauges:
+    """What Prometheus may read of one rank, from Ray's agent on the node, as ``ray_lce_...``."""
+
+    def __init__(self, run: str, rank: int) -> None:
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": run, "rank": str(rank)}
+        self._gauges = {
+            name: Gauge(name, description=text, tag_keys=("run", "rank", "stage")) for name, text in GAUGES.items()
+        }
+
+    def set(self, event: dict[str, Any]) -> None:
+        """Take over what an event of the training loop says of this rank."""
+        own = event.get("own")
+        if own is None:
+            return
+        values = {
+            "lce_step": event["step"],
+            "lce_total_steps": event["total_steps"],
+            "lce_step_seconds": own.step_s,
+            "lce_busy_seconds": own.busy_s,
+            "lce_data_wait_seconds": own.data_wait_s,
+            "lce_communication_seconds": own.communication_s,
+            "lce_memory_bytes": own.memory_bytes,
+        }
+        if self._tags["rank"] == "0":  # global: one rank tells
+            told = event["metrics"]
+            values["lce_images_per_second"] = told["speed/images_per_s"]
+            values["lce_steps_lost"] = told.get("faults/steps_lost", 0.0)
+            values |= {
+                f"lce_loss_{name[5:]}": value for name, value in told.items() if f"lce_loss_{name[5:]}" in GAUGES
+            }
+        for name, value in values.items():
+            self._gauges[name].set(value, tags={**self._tags, "stage": event["stage"]})
 
 
 def _error_of(event: dict[str, Any]) -> LceError:
@@ -350,6 +550,19 @@ def _worker_environment(placement: Placement) -> dict[str, str]:
 def _quiet() -> None:
     for name in ("ray", "ray.train", "ray.data", "ray.tune"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _log_to(path: Path) -> None:
+    """What Ray tells of lost nodes and workers, dozens of lines each, goes into a file instead of the terminal."""
+    import ray._private.worker as ray_worker
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    def keep(data: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in data["lines"])
+
+    ray_worker._worker_logs_enabled = False
+    global_worker_stdstream_dispatcher.add_handler("lce", keep)
 
 
 def _last_line(error: BaseException) -> str:

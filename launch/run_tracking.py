@@ -78,6 +78,9 @@ class RunTracking:
             self._open_stages.add(stage)
         elif kind == "metrics" and event["metrics"]:
             self.tracker.log_metrics(stage, event["metrics"], event["step"])
+        elif kind == "profile":
+            for file in event["files"]:
+                self.tracker.log_file(stage, Path(file), "profiles")
         elif kind == "beside":
             self.tracker.log_metrics(stage, event["metrics"], event["step"])
             if event["warning"] is not None:

@@ -16,10 +16,12 @@ from launch.report import read_report
 from lce_dist.config import Config, parse_config
 from lce_dist.errors import ConfigError, RunError
 from lce_dist.spool import holder
+from lce_dist.training.requests import MOST_PROFILED, PROFILE_FILE
 
 LAUNCH_FILE = "launch.json"
 _TAIL_BYTES = 1 << 18
 _POLL_S = 0.2
+_TRACES = "*/profiles/step-*.json.gz"
 
 State = Literal["running", "finished", "failed", "interrupted"]
 
@@ -130,7 +132,35 @@ def stop_run(run_dir: Path, timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-def write_launch(run_dir: Path, config: Config, nodes: int, workers_per_node: int, with_independent: bool) -> None:
+def profile_run(run_dir: Path, steps: int, timeout_s: float) -> tuple[Path, Path]:
+    """Ask a run that trains for a profile of its next steps, and wait for the trace and the table.
+
+    Errors: ConfigError for a number of steps; RunError when the run has ended, or gives none in time.
+    """
+    if not 1 <= steps <= MOST_PROFILED:
+        raise ConfigError(f"--steps is {steps}; must be 1 to {MOST_PROFILED}")
+    status = status_of(run_dir)
+    if status.state == "finished":
+        raise RunError(f"run {run_dir} has finished; there are no steps left to record")
+    before = set(run_dir.glob(_TRACES))
+    request = run_dir / PROFILE_FILE
+    partial = run_dir / f"{PROFILE_FILE}.partial"
+    partial.write_text(f"{steps}\n")
+    partial.replace(request)
+    deadline_s = time.monotonic() + timeout_s
+    while not (found := sorted(set(run_dir.glob(_TRACES)) - before)):
+        if time.monotonic() > deadline_s:
+            taken = not request.exists()
+            request.unlink(missing_ok=True)
+            why = (
+                "its steps are under way" if taken else "no rank has asked what there is to do: it is not training now"
+            )
+            raise RunError(f"run {run_dir} gave no profile in {timeout_s:.0f} s; {why} ({status.line()})")
+        time.sleep(_POLL_S)
+    return found[0], found[0].with_name(found[0].name.replace(".json.gz", ".txt"))
+
+
+def write_launch(run_dir: Path, config: Config, nodes: str, workers_per_node: int, with_independent: bool) -> None:
     """Keep what ``lce resume`` needs: the settings, with places as seen from here, and what the command line added."""
     values = {
         "config": config.with_absolute_places().model_dump(mode="json"),

@@ -1,4 +1,4 @@
-"""The commands ``lce status | logs | stop | resume``: runs after they were started, here, on a Ray cluster, on Kubernetes."""
+"""The commands ``lce status | logs | stop | resume | profile``: runs after they were started, here, on a Ray cluster, on Kubernetes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from lce_dist.errors import ConfigError
 _FOLLOW_S = 2.0
 
 
+def node_range(text: str) -> tuple[int | None, int]:
+    """ "4" as (None, 4), "2:4" as (2, 4): with how few a run may go on, and how many it wants. Errors: ValueError."""
+    least, colon, most = text.rpartition(":")
+    return int(least) if colon else None, int(most)
+
+
 def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``status``, ``logs``, ``stop`` and ``resume`` to the commands of ``lce``."""
+    """Add ``status``, ``logs``, ``stop``, ``resume`` and ``profile`` to the commands of ``lce``."""
     raw = argparse.RawDescriptionHelpFormatter
     status = commands.add_parser(
         "status",
@@ -69,6 +75,27 @@ def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
         )
         parser.add_argument("--namespace", default="lce-dist", help="k8s: of the RayJobs (default: lce-dist)")
 
+    profile = commands.add_parser(
+        "profile",
+        help="record some steps of a run that trains: a trace for chrome://tracing or ui.perfetto.dev, and a table",
+        description="Ask the first rank of a run to record its next steps with torch.profiler, and wait for the result, which\n"
+        "is in RUN/STAGE/profiles and among the artifacts of the stage in MLflow. The run's directory must be seen from here.",
+        epilog="examples:\n  lce profile quickstart --steps 20\n  lce profile /runs/big --steps 5 --timeout 1800",
+        formatter_class=raw,
+    )
+    profile.add_argument("which", metavar="RUN", help="a name, or a run's directory")
+    profile.add_argument("--steps", type=int, default=20, metavar="N", help="how many, 1 to 1000 (default: 20)")
+    profile.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait so long (default: 600)")
+    profile.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    profile.set_defaults(run=_profile)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from launch.runs import find_run, profile_run
+
+    for path in profile_run(find_run(Path(arguments.which), arguments.run_dir), arguments.steps, arguments.timeout):
+        print(path)
+
 
 def _status(arguments: argparse.Namespace) -> None:
     from rich.console import Console
@@ -106,8 +133,12 @@ def _logs(arguments: argparse.Namespace) -> None:
         job_logs(_newest(arguments, target), arguments.follow)
     elif target == "k8s":
         from launch.kubernetes import job_logs as kubernetes_logs
+        from launch.kubernetes import wait_for_job
 
-        kubernetes_logs(_newest(arguments, target), arguments.namespace, arguments.follow)
+        if arguments.follow:
+            wait_for_job(_newest(arguments, target), arguments.namespace, with_log=True)
+        else:
+            kubernetes_logs(_newest(arguments, target), arguments.namespace)
     else:
         _local_logs(arguments)
 
@@ -171,9 +202,8 @@ def _resume(arguments: argparse.Namespace) -> None:
         from launch.train import TrainOptions, train
 
         config, asked = read_launch(find_run(Path(arguments.which), arguments.run_dir))
-        options = TrainOptions(
-            asked["nodes"], asked["workers_per_node"], asked["with_independent"], fresh=False, on_cluster=False
-        )
+        least, most = node_range(str(asked["nodes"]))
+        options = TrainOptions(most, asked["workers_per_node"], asked["with_independent"], False, False, least)
         train(config, options, Console())
 
 

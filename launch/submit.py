@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from launch.train import TrainOptions
 from lce_dist.config import Config
 from lce_dist.errors import Interrupted, LceError, RunError, SetupError
 
+_AGAIN_S = 1.0
 _CHECKOUT = Path(__file__).resolve().parents[1]
 _CODE = {
     "working_dir": str(_CHECKOUT),
@@ -43,8 +45,9 @@ def submit_to_ray(config_path: Path, config: Config, options: TrainOptions) -> N
     """
     client = _client()
     config_text = json.dumps(config.with_absolute_places().model_dump(mode="json"))
-    arguments = ["--nodes", str(options.nodes), "--workers-per-node", str(options.workers_per_node)]
+    arguments = ["--nodes", options.nodes_text, "--workers-per-node", str(options.workers_per_node)]
     arguments += ["--with-independent"] * options.with_independent + ["--fresh"] * options.fresh
+    arguments += ["--check"] * options.check_only
     entrypoint = shlex.join(["python", "-m", "launch.cli", "job", "--config-json-env", "LCE_CONFIG_JSON", *arguments])
     content = hashlib.sha256((config_text + entrypoint).encode()).hexdigest()[:12]
     job_id = _free_id(client, f"lce-{config.run.name}-{content}")
@@ -85,12 +88,16 @@ def _follow_to_end(client, job_id: str) -> None:  # type: ignore[no-untyped-def]
     """Print the job's log until it ends; fails as it failed."""
     from ray.job_submission import JobStatus
 
-    info = client.get_job_info(job_id)
+    info, log = client.get_job_info(job_id), _Log()
     try:
         while not info.status.is_terminal():
-            with contextlib.suppress(RuntimeError, ConnectionError):  # a log connection that broke; the job did not
-                asyncio.run(_follow(client, job_id))
+            with contextlib.suppress(RuntimeError, OSError):  # a log connection that broke; the job did not
+                asyncio.run(_follow(client, job_id, log))
             info = client.get_job_info(job_id)
+            if not info.status.is_terminal():
+                time.sleep(_AGAIN_S)  # a cluster that is not well is not asked in a tight loop
+        with contextlib.suppress(RuntimeError, OSError):
+            log.show(client.get_job_logs(job_id))  # what a connection that broke at the end did not bring
     except KeyboardInterrupt:
         raise Interrupted(f"job {job_id} runs on; the same command follows it, lce stop ends it") from None
     if info.status != JobStatus.SUCCEEDED:
@@ -161,10 +168,25 @@ def _free_id(client, wanted: str) -> str | None:  # type: ignore[no-untyped-def]
     return wanted
 
 
-async def _follow(client, job_id: str) -> None:  # type: ignore[no-untyped-def]
-    async for text in client.tail_job_logs(job_id):
-        sys.stdout.write(text)
+class _Log:
+    """A job's log on stdout, each character once, however often it is read from its beginning."""
+
+    def __init__(self) -> None:
+        self._shown = 0
+
+    def show(self, text: str, start: int = 0) -> None:
+        """Print what ``text``, which begins at character ``start`` of the log, has beyond what was printed."""
+        new = text[max(self._shown - start, 0) :]
+        sys.stdout.write(new)
         sys.stdout.flush()
+        self._shown += len(new)
+
+
+async def _follow(client, job_id: str, log: _Log) -> None:  # type: ignore[no-untyped-def]
+    start = 0
+    async for text in client.tail_job_logs(job_id):
+        log.show(text, start)
+        start += len(text)
 
 
 def _tracking_server() -> dict[str, str]:

@@ -13,7 +13,9 @@ if [[ $# -eq 0 ]]; then
     "$bin/mypy"
     "$bin/lint-imports"
     # these share nothing: one process a processor; integration tests start clusters of their own
-    OMP_NUM_THREADS=1 "$bin/python" -m pytest -n logical --maxprocesses 8 --dist loadfile tests/unit tests/distributed
+    # ci: the same examples each time; "pytest" alone draws new ones
+    OMP_NUM_THREADS=1 "$bin/python" -m pytest --hypothesis-profile ci \
+        -n logical --maxprocesses 8 --dist loadfile tests/unit tests/distributed
     set -- tests --ignore tests/unit --ignore tests/distributed
 fi
 exec "$bin/python" -m pytest "$@"

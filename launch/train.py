@@ -15,7 +15,8 @@ from typing import Any
 from rich.console import Console
 
 from launch.gate import conclude_gate, judged_before
-from launch.job import STOP_FILE, Job
+from launch.job import BAD_IMAGES_FILE, Job
+from launch.preflight import check_space, check_writable, checkpoint_bytes, notes
 from launch.prepare import Prepared, claim_run_dir, fingerprint_of, prepare
 from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
@@ -26,24 +27,45 @@ from lce_dist.config import Config
 from lce_dist.errors import ConfigError, Interrupted, LceError, SetupError
 from lce_dist.spool import Spool
 from lce_dist.tracking import Tracker
+from lce_dist.training.requests import PROFILE_FILE, SAVE_FILE, STOP_FILE
 
 _TOLD = "tracked"  # left in the run directory when MLflow has everything
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What the command line adds to a config."""
+    """What the command line adds to a config. min_nodes: with how few the run may go on (None: it needs
+    all). check_only: look at everything, train nothing.
+    """
 
     nodes: int
     workers_per_node: int
     with_independent: bool
     fresh: bool
     on_cluster: bool
+    min_nodes: int | None = None
+    check_only: bool = False
 
     def __post_init__(self) -> None:
         for flag, value in (("--nodes", self.nodes), ("--workers-per-node", self.workers_per_node)):
             if value < 1:
                 raise ConfigError(f"{flag} is {value}; must be at least 1")
+        if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
+            raise ConfigError(f"--nodes is {self.nodes_text}; the first must be at least 1 and at most the second")
+
+    @property
+    def nodes_text(self) -> str:
+        """As on the command line."""
+        return str(self.nodes) if self.min_nodes is None else f"{self.min_nodes}:{self.nodes}"
+
+    @property
+    def possible_ranks(self) -> range:
+        """Numbers of ranks that the run may have."""
+        least = (self.min_nodes or self.nodes) * self.workers_per_node
+        return range(least, self.nodes * self.workers_per_node + 1)
+
+    def placement(self, use_gpu: bool) -> Placement:
+        return Placement(self.nodes, self.workers_per_node, use_gpu, self.min_nodes)
 
 
 def train(config: Config, options: TrainOptions, console: Console) -> dict[str, Any]:
@@ -53,10 +75,17 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
     """
     started_s = time.monotonic()
     root = Path(config.run.dir).resolve()
+    check_writable(root)
     config, run_dir = _settle_run(config, options, root, console)
     num_ranks = options.nodes * options.workers_per_node
     with RunProgress(console) as progress, _Stopping(config.checkpoint.grace_s, progress.note) as stopping:
         prepared = prepare(config, num_ranks, options.with_independent, root / ".cache", progress.count)
+        check_space(config, prepared, run_dir)
+        for text in notes(config, root):
+            progress.note(text)
+        if options.check_only:
+            _tell_checked(config, prepared, progress)
+            return {}
         if options.fresh:
             _forget(run_dir)
         going_on = claim_run_dir(prepared.identity(config), run_dir)
@@ -68,6 +97,17 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
         if not (finished and (run_dir / _TOLD).exists() and _is_judged(run_dir, config)):
             _run(config, options, prepared, run_dir, progress, stopping, finished)
     return _conclude(config, run_dir, console, None if finished else time.monotonic() - started_s)
+
+
+def _tell_checked(config: Config, prepared: Prepared, progress: RunProgress) -> None:
+    split = prepared.split
+    progress.note(
+        f"data: {len(split.train)} identities to train on, {len(split.heldout)} held out; "
+        + "; ".join(f"{name} model: {plan.total_steps} steps" for name, plan in prepared.plans.items())
+    )
+    size = checkpoint_bytes(config, prepared) / 2**20
+    progress.note(f"storage: {config.run.dir} can be written; a checkpoint takes {size:,.0f} MiB")
+    progress.note("checked: nothing was trained; the same command without --check trains")
 
 
 def _run(
@@ -84,7 +124,7 @@ def _run(
     (run_dir / "failure.log").unlink(missing_ok=True)
     tracking = RunTracking(Tracker(config.tracking, run_dir, config.run.name, run_dir.parent), run_dir)
     status = "FAILED"
-    write_launch(run_dir, config, options.nodes, options.workers_per_node, options.with_independent)
+    write_launch(run_dir, config, options.nodes_text, options.workers_per_node, options.with_independent)
     try:
         tracking.open(config, prepared, options.nodes, options.nodes * options.workers_per_node)
         if not finished:
@@ -100,6 +140,8 @@ def _run(
                     options.with_independent,
                     tracking.tracker.run_ids(),
                 )
+                for name in (SAVE_FILE, PROFILE_FILE):  # asked of an earlier driver
+                    (run_dir / name).unlink(missing_ok=True)
                 with stopping.by(run_dir / STOP_FILE):
                     for event in train_on_ray(job, placement):
                         progress.show(event)
@@ -128,7 +170,7 @@ def _settle_run(config: Config, options: TrainOptions, root: Path, console: Cons
     run_dir = root / config.run.name
     num_ranks = options.nodes * options.workers_per_node
     report = None if options.fresh else read_report(run_dir / "report.json")
-    if report is not None and report.get("num_ranks", num_ranks) != num_ranks:
+    if report is not None and report.get("num_ranks", num_ranks) not in options.possible_ranks:
         name = f"{config.run.name}-{options.nodes}x{options.workers_per_node}"
         console.print(
             f"run {run_dir} finished on {report['num_ranks']} ranks and is kept; this one, on {num_ranks}, is {name}"
@@ -170,17 +212,15 @@ def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> It
     wanted = config.cluster.device
     nodes: AbstractContextManager[None]
     if options.on_cluster:
-        nodes = given_cluster(Placement(options.nodes, options.workers_per_node, use_gpu=wanted == "gpu"))
+        nodes = given_cluster(options.placement(use_gpu=wanted == "gpu"))
         with nodes:
-            use_gpu = wanted == "gpu" or (
-                wanted == "auto" and cluster_has_gpus(Placement(options.nodes, options.workers_per_node, use_gpu=True))
-            )
-            yield Placement(options.nodes, options.workers_per_node, use_gpu)
+            use_gpu = wanted == "gpu" or (wanted == "auto" and cluster_has_gpus(options.placement(use_gpu=True)))
+            yield options.placement(use_gpu)
         return
     gpus = local_gpus() if wanted != "cpu" else 0
     if wanted == "gpu" and gpus < ranks:
         raise SetupError(f"cluster.device is 'gpu'; this machine has {gpus} GPUs and {ranks} workers need one each")
-    placement = Placement(options.nodes, options.workers_per_node, use_gpu=gpus >= ranks)
+    placement = options.placement(use_gpu=gpus >= ranks)
     progress.note(f"starting {options.nodes} Ray nodes, {options.workers_per_node} worker(s) each, on this machine")
     with local_nodes(placement):
         yield placement
@@ -208,6 +248,14 @@ def _conclude(config: Config, run_dir: Path, console: Console, took_s: float | N
         console.print(
             f"took {minutes} min {seconds} s; the new model trained at {report['images_per_s']:.0f} images/s",
             highlight=False,
+        )
+    bad = run_dir / BAD_IMAGES_FILE
+    if bad.exists():
+        count = len({tuple(line.split("\t")[1:3]) for line in bad.read_text(encoding="utf-8").splitlines()})
+        console.print(
+            f"{count} training images cannot be decoded; others took their places: {bad}",
+            highlight=False,
+            soft_wrap=True,
         )
     console.print(f"run: {run_dir}, its report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"MLflow: launch/mlflow.sh --dir {run_dir.parent}", highlight=False, soft_wrap=True)

@@ -5,7 +5,10 @@ Every function is the identity, or a plain sum, in a world of one, and then need
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +17,56 @@ import torch.distributed as dist
 from lce_dist.world import World
 
 
+class Clock:
+    """Adds up the seconds that this process spends in the collectives here, waiting for other ranks included.
+
+    On a GPU they are the device's, by events, read when they are asked for.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=4096)
+
+    @contextmanager
+    def over(self, value: torch.Tensor) -> Iterator[None]:
+        """Time what is done to ``value`` in the block."""
+        if value.is_cuda:
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            yield
+            last.record()
+            self._events.append((first, last))
+        else:
+            start_s = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start_s
+
+    def take_s(self) -> float:
+        """Seconds since the last call; waits for the device."""
+        seconds, self._seconds = self._seconds, 0.0
+        while self._events:
+            first, last = self._events.popleft()
+            last.synchronize()
+            seconds += first.elapsed_time(last) / 1000.0
+        return seconds
+
+
+communication = Clock()
+
+
 def all_reduce_sum(value: torch.Tensor, world: World) -> torch.Tensor:
     """Sum over ranks, in place. **Collectives**: one all-reduce of ``value``."""
     if world.size > 1:
-        dist.all_reduce(value)
+        with communication.over(value):
+            dist.all_reduce(value)
     return value
 
 
 def all_reduce_max(value: torch.Tensor, world: World) -> torch.Tensor:
     """Largest over ranks, in place. **Collectives**: one all-reduce of ``value``."""
     if world.size > 1:
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        with communication.over(value):
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
 
 
@@ -94,7 +136,8 @@ class _GatherRows(torch.autograd.Function):
         most = max(rows_per_rank)
         padded = _pad_rows(rows_bD.to(wire), most)
         gathered = padded.new_empty((world.size * most, *padded.shape[1:]))
-        dist.all_gather_into_tensor(gathered, padded.contiguous())
+        with communication.over(gathered):
+            dist.all_gather_into_tensor(gathered, padded.contiguous())
         if min(rows_per_rank) != most:
             blocks = gathered.view(world.size, most, *padded.shape[1:])
             gathered = torch.cat([blocks[rank, :rows] for rank, rows in enumerate(rows_per_rank)])
@@ -113,7 +156,8 @@ class _GatherRows(torch.autograd.Function):
         on_its_way = dist.reduce_scatter_tensor(own, grad, async_op=True)
         if ctx.meanwhile is not None:
             ctx.meanwhile()
-        on_its_way.wait()
+        with communication.over(own):
+            on_its_way.wait()
         return own[: rows_per_rank[world.rank]], None, None, None, None
 
 

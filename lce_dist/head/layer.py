@@ -72,6 +72,8 @@ class ShardedHead:
         self._kept: list[list[torch.Tensor]] = []
         self._extra: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._updated = False
+        self._left_out = False
+        self._margin_before: dict[str, torch.Tensor] = {}
         self._lr = 0.0
         self._aligned = rows.inv_norm_S.new_zeros(())
         self._begin(None, None)
@@ -82,6 +84,7 @@ class ShardedHead:
         ``labels_G``: the labels of the whole global batch, so that every micro-batch sees the same classes.
         """
         self._step, self._lr = step, lr
+        self._margin_before = {name: value.clone() for name, value in self.margin.state().items()}
         if self.sampling is None:
             self._begin(None, None)
             return
@@ -138,6 +141,16 @@ class ShardedHead:
         self._extra.append((local_N, grad_ND))
 
     @torch.no_grad()
+    def leave_out(self) -> None:
+        """Let rows and margin be what they were before this step, whatever its backward and ``step`` say.
+
+        For a loss that is not finite; called before its backward. Rows that a lazy policy brought up to the step stay so.
+        """
+        self._left_out = True
+        for name, value in self.margin.state().items():
+            value.copy_(self._margin_before[name])
+
+    @torch.no_grad()
     def update_early(self) -> None:
         """Update the rows as soon as the last micro-batch's embeddings have their gradient, before ``step``.
 
@@ -154,10 +167,10 @@ class ShardedHead:
         """
         self._update_all()
         if self.sampling is not None and self._active_N is not None:
-            if self.sampling.policy == "dense":
+            if self.sampling.policy == "lazy" and self.rows.touched_S is not None:
+                self.rows.touched_S[self._active_N] = self._step + (0 if self._left_out else 1)
+            elif self.sampling.policy == "dense" and not self._left_out:
                 self._decay_others(self._active_N)
-            elif self.sampling.policy == "lazy" and self.rows.touched_S is not None:
-                self.rows.touched_S[self._active_N] = self._step + 1
         aligned = self._aligned
         self._begin(None, None)
         return aligned
@@ -177,7 +190,7 @@ class ShardedHead:
         return self.rows.tensors()
 
     def _update_all(self) -> None:
-        if self._updated:
+        if self._updated or self._left_out:
             return
         for number, chunk in enumerate(self._chunks):
             parts = [self._dense_gradient(weight_ND, chunk) for weight_ND in self._dense_rows]
@@ -188,6 +201,7 @@ class ShardedHead:
     def _begin(self, active_N: torch.Tensor | None, drawn_N: torch.Tensor | None) -> None:
         self._active_N, self._drawn_N = active_N, drawn_N
         self._micro, self._dense_rows, self._extra, self._updated = [], [], [], False
+        self._left_out = False
         self._aligned = self.rows.inv_norm_S.new_zeros(())
         count = self.rows.num_local if active_N is None else active_N.shape[0]
         self._chunks = []
@@ -253,6 +267,8 @@ class ShardedHead:
 
     def _update(self, chunk: Chunk, product_KD: torch.Tensor) -> None:
         """Move one chunk's rows, given the sum of dL/dcos * e (times the operand's column factor), or dL/dw."""
+        if self._left_out:
+            return
         rows, local = self.rows, chunk.rows
         scaled = rows.column_factor(local, self.settings.product) is not None
         old_KD = align_K = None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from lce_dist.collectives import all_reduce_max, all_reduce_sum
-from lce_dist.errors import DataError, RunError
+from lce_dist.errors import DataError, NotFiniteError
 from lce_dist.head.chunked import exp_cosines, offset_of, product
 from lce_dist.head.margins import HardNegatives, Margin
 from lce_dist.head.rows import ClassRows
@@ -152,7 +152,7 @@ class MicroBatch:
     def forward(self, norm_B: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss sum_i row_weight_i * (logsumexp_j z_ij - z_iy) + penalties; then its first part; then the boundary's.
 
-        Errors: RunError for a loss that is not finite, on every rank.
+        Errors: NotFiniteError for a loss that is not finite, on every rank.
         """
         settings, t, world = self.settings, self.targets, self.world
         emb_OD = self.emb_BD[t.owned_O]
@@ -298,19 +298,18 @@ class MicroBatch:
     def _explain(self, loss_B: torch.Tensor) -> None:
         bad_rows = torch.nonzero(~torch.isfinite(self.emb_BD).all(1)).squeeze(1)
         if bad_rows.numel():
-            raise RunError(
+            raise NotFiniteError(
                 f"{bad_rows.numel()} of {self.emb_BD.shape[0]} embeddings are not finite (the first is row "
-                f"{int(bad_rows[0])} of the global batch); they must be. Lower optim.lr; nothing was updated and "
-                "earlier checkpoints are intact"
+                f"{int(bad_rows[0])} of the global batch); they must be. Lower optim.lr"
             )
         flag = torch.zeros(1, device=loss_B.device)
         for chunk in self.chunks:
             flag += (~torch.isfinite(self.rows.weight.load(chunk.rows))).sum()
         bad_classes = float(all_reduce_max(flag, self.world)) > 0
         cause = "class rows are not finite" if bad_classes else "the margin or its statistics overflow"
-        raise RunError(
+        raise NotFiniteError(
             f"the loss is not finite in {int((~torch.isfinite(loss_B)).sum())} of {loss_B.shape[0]} rows: {cause}. "
-            "Lower optim.head_lr or head.scale; nothing was updated and earlier checkpoints are intact"
+            "Lower optim.head_lr or head.scale"
         )
 
 

@@ -55,7 +55,7 @@ class Engine:
         self.net = net if alone or beside is None else _Together(net, beside, world.size)
         self.accumulation = config.accumulation
         self.bf16 = config.precision == "bf16" or (config.precision == "auto" and world.device.type == "cuda")
-        self._clip_norm = config.clip_norm
+        self._zero = config.zero_stage > 0
         decayed = [p for p in self.net.parameters() if p.ndim > 1]
         plain = [p for p in self.net.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
@@ -78,20 +78,34 @@ class Engine:
         """Backward of one micro-batch's share of the global mean loss."""
         self._engine.backward(loss * self.accumulation)
 
-    def step(self, lr: float) -> float | None:
+    def step(self, lr: float) -> float:
         """One update of the network after the last micro-batch; returns the gradient norm before clipping.
 
-        None where DeepSpeed does not compute it (ZeRO 0).
+        Under ZeRO a gradient that is not finite updates nothing, and the norm is inf.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        if self._zero:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = torch.nn.utils.get_total_norm(p.grad for p in self.net.parameters() if p.grad is not None)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return float(norm)
 
     def micro_step_done(self) -> None:
         """Tell DeepSpeed that a micro-batch which does not end the step is over."""
         self._engine.step()
+
+    @torch.no_grad()
+    def buffers(self) -> list[torch.Tensor]:
+        """Copies of this rank's buffers, for ``put_back``."""
+        return [buffer.clone() for buffer in self.net.buffers()]
+
+    @torch.no_grad()
+    def put_back(self, kept: list[torch.Tensor]) -> None:
+        """Make the buffers what they were when ``buffers`` copied them."""
+        for buffer, value in zip(self.net.buffers(), kept, strict=True):
+            buffer.copy_(value)
 
     @torch.no_grad()
     def average_buffers(self) -> None:

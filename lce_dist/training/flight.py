@@ -29,7 +29,7 @@ class _Step:
     waited_s: float
     rows: int
     lr: float
-    net_norm: float | None
+    net_norm: float
     terms: LossTerms
     ids: str | None
 
@@ -51,7 +51,7 @@ class FlightRecord:
         waited_s: float,
         rows: int,
         lr: float,
-        net_norm: float | None,
+        net_norm: float,
         terms: LossTerms,
         ids: str | None,
     ) -> None:
@@ -84,7 +84,7 @@ class FlightRecord:
         }
 
     def _step(self, one: _Step) -> dict[str, Any]:
-        losses = {name: _number(value) for name, value in vars(one.terms).items()}
+        losses = {name: _number(value) for name, value in vars(one.terms).items() if name != "why"}
         return {
             "step": one.step,
             "time_s": one.ended_s,
@@ -98,10 +98,8 @@ class FlightRecord:
         }
 
 
-def _number(value: torch.Tensor | float | None) -> float | str | None:
+def _number(value: torch.Tensor | float) -> float | str:
     """JSON knows no NaN; on a device that has failed itself the value is not to be had."""
-    if value is None:
-        return None
     try:
         number = float(value)
     except RuntimeError:

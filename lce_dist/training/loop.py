@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,9 +14,9 @@ import torch
 from torch import nn
 
 from lce_dist.batch import Batch
-from lce_dist.collectives import all_agree, all_reduce_sum, gather_rows
+from lce_dist.collectives import all_reduce_sum, gather_rows
 from lce_dist.config import Config
-from lce_dist.errors import Interrupted, RunError
+from lce_dist.errors import Interrupted
 from lce_dist.head.build import build_head
 from lce_dist.head.classifier import known_rows
 from lce_dist.head.identity import identity_tensor
@@ -26,6 +25,10 @@ from lce_dist.head.rows import initial_rows, local_classes
 from lce_dist.training.checkpoint import Checkpoints
 from lce_dist.training.engine import Engine
 from lce_dist.training.flight import FlightRecord
+from lce_dist.training.lost import LostSteps
+from lce_dist.training.profile import StepProfile
+from lce_dist.training.ranks import RankTimes, rank_metrics
+from lce_dist.training.requests import Asked, Requests
 from lce_dist.training.schedules import lr_at
 from lce_dist.training.step import Compatibility, LossTerms, train_step
 from lce_dist.world import World
@@ -39,7 +42,7 @@ class Stage:
     """One network to train: its name ("old", "new", "independent"), classes, steps and directory.
 
     identities: the keys of this rank's classes, in their order. start_from: a classifier that gives rows to
-    the identities that it knows. stop_file: when it is there, the stage saves a checkpoint and ends with Interrupted.
+    the identities that it knows. requests_in: where files ask to save, to end with Interrupted, to record a profile.
     """
 
     name: str
@@ -52,7 +55,7 @@ class Stage:
     mlflow_run_id: str | None
     identities: tuple[str, ...]
     start_from: Path | None
-    stop_file: Path | None = None
+    requests_in: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def train_stage(
     """Train ``net`` in place; its head comes back with its rows settled.
 
     ``batches_from(step)`` yields the batches of steps ``step``, ``step + 1``, ... of the run.
-    Errors: RunError when the loss is not finite; no checkpoint is written from then on. CheckpointError for
-    checkpoints or a classifier that do not fit. What ends it leaves ``flight-RANK.json`` beside the checkpoints. Interrupted, on every rank in the same step, when it was asked to stop.
+    Errors: RunError when the loss or the gradient is not finite and ``faults.non_finite`` stops there; nothing is saved
+    from then on. CheckpointError for checkpoints or a classifier that do not fit. What ends it leaves ``flight-RANK.json``
+    beside the checkpoints. Interrupted, on every rank in the same step, when it was asked to stop.
     """
     optim = config.optim
     identity_SL = identity_tensor(stage.identities, local_classes(stage.num_classes, world)[0], world)
@@ -106,8 +110,13 @@ def train_stage(
     engine = Engine(net, optim, world, method)
     checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head, identity_SL, world)
 
-    state = checkpoints.resume(stage.fingerprint, lambda text: report({"type": "warning", "text": text}))
+    def warn(text: str) -> None:
+        report({"type": "warning", "text": text})
+
+    state = checkpoints.resume(stage.fingerprint, warn)
     first_step = 0 if state is None else int(state["step"])
+    lost_before = 0 if state is None else int(state.get("steps_lost", 0))
+    lost = LostSteps(stage.name, config.faults, lost_before, engine, checkpoints, stage.fingerprint, warn)
     report(
         {
             "type": "stage_start",
@@ -120,6 +129,8 @@ def train_stage(
     ids_log = _IdsLog(stage.directory / "batch_ids.tsv", first_step, hash_ids) if world.is_first else None
     engine.net.train()
     meter = _Meter()
+    requests, profile = Requests(stage.requests_in, world), StepProfile(stage.directory / "profiles", world)
+    times = RankTimes(world)
     flight = FlightRecord(stage.directory / f"flight-{world.rank}.json", world.rank)
     with _recorded(flight), batches_from(first_step) as batches:
         for step in range(first_step, stage.total_steps):
@@ -129,6 +140,7 @@ def train_stage(
             batch = next(batches)
             meter.work()
             lr = lr_at(step, stage.total_steps, optim.lr, optim.warmup_fraction)
+            lost.before_step()
             terms = train_step(engine, head, batch, step, head_lr(step), world, compat)
             net_norm = engine.step(lr)
             alignment = head.step()
@@ -137,9 +149,15 @@ def train_stage(
             hashed = None if ids_log is None else ids_log.write(step, ids.cpu().numpy())
             flight.note(step + 1, meter.last_wait_s, batch.global_rows, lr, net_norm, terms, hashed)
 
-            done, asked_to_stop = step + 1, False
+            done, asked = step + 1, Asked()
+            times.step(meter.last_wait_s)
+            if (recorded := profile.step(done)) is not None:
+                report(
+                    {"type": "profile", "stage": stage.name, "step": done, "files": [str(path) for path in recorded]}
+                )
+            is_lost = lost.after_step(done, terms, net_norm)
+            rolled_back = is_lost and lost.rolls_back
             if done % config.tracking.every_steps == 0 or done == stage.total_steps or done == first_step + 1:
-                _check_finite(terms, stage.name, step)
                 metrics = _metrics(terms, lr, net_norm, meter)
                 if head.anchor is not None:
                     metrics["loss/alignment"] = float(all_reduce_sum(alignment, world))
@@ -147,7 +165,19 @@ def train_stage(
                     metrics["loss/total"] += head.anchor.align_weight * metrics["loss/alignment"]
                 if compat is not None and float(terms.method) != 0.0:
                     metrics["loss/method"] = float(terms.method)
-                asked_to_stop = stage.stop_file is not None and not all_agree(not stage.stop_file.exists(), world)
+                if lost.count:
+                    metrics["faults/steps_lost"] = float(lost.count)
+                if is_lost:
+                    metrics = {
+                        name: value for name, value in metrics.items() if not name.startswith(("loss/", "optim/"))
+                    }
+                own, ranks = times.take()
+                metrics |= rank_metrics(ranks)
+                if (slow := times.straggler(ranks)) is not None:
+                    warn(slow)
+                asked = requests.read()
+                if asked.profile_steps:
+                    profile.start(asked.profile_steps)
                 remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
                 report(
                     {
@@ -156,11 +186,12 @@ def train_stage(
                         "step": done,
                         "total_steps": stage.total_steps,
                         "metrics": metrics,
+                        "own": own,
                         "eta_s": remaining_s,
                     }
                 )
-            if done % config.checkpoint.every_steps == 0 or done == stage.total_steps or asked_to_stop:
-                _check_finite(terms, stage.name, step, net_norm)
+            ends = done == stage.total_steps or asked.stop
+            if done % config.checkpoint.every_steps == 0 or ends or asked.save or rolled_back:
                 checkpoints.save(
                     done,
                     {
@@ -169,11 +200,12 @@ def train_stage(
                         "random": {"seed": stage.seed, "next_step": done},
                         "samples_read": {"next_step": done},
                         "num_ranks": world.size,
+                        "steps_lost": lost.count,
                         "mlflow_run_id": stage.mlflow_run_id,
                     },
                 )
                 report({"type": "checkpoint", "stage": stage.name, "step": done})
-            if asked_to_stop:
+            if asked.stop:
                 raise Interrupted(
                     f"stopped as asked after step {done} of {stage.total_steps} of the {stage.name} model, which is saved; the "
                     "same command goes on from there"
@@ -271,27 +303,16 @@ class _IdsLog:
         self._file.close()
 
 
-def _metrics(terms: LossTerms, lr: float, net_norm: float | None, meter: _Meter) -> dict[str, float]:
+def _metrics(terms: LossTerms, lr: float, net_norm: float, meter: _Meter) -> dict[str, float]:
     metrics = {
         "loss/total": float(terms.total),
         "loss/classification": float(terms.classification),
         "optim/lr": lr,
+        "optim/net_gradient_norm": net_norm,
         "speed/images_per_s": meter.images_per_s,
         "speed/data_wait_fraction": meter.wait_fraction,
     }
-    if net_norm is not None:
-        metrics["optim/net_gradient_norm"] = net_norm
     return metrics
-
-
-def _check_finite(terms: LossTerms, stage: str, step: int, *norms: float | None) -> None:
-    # each value is global, so all ranks stop in the same step; None is a norm that DeepSpeed does not give
-    for what, value in [("loss", float(terms.total)), *(("gradient norm", norm) for norm in norms)]:
-        if value is not None and not math.isfinite(value):
-            raise RunError(
-                f"stage {stage}: the {what} is {value} at step {step}; it must be finite. "
-                "Lower optim.lr or head.scale, or set optim.clip_norm; the checkpoints before it are intact"
-            )
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

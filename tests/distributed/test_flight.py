@@ -34,7 +34,7 @@ def trained(world: World, folder: str, breaks_at: int | None, stop: bool) -> str
     )
     root = Path(folder)
     keys = tuple(f"id{number}" for number in range(CLASSES))[slice(*local_classes(CLASSES, world))]
-    stage = Stage("new", CLASSES, DIM, STEPS, 7, root / "run", "print", None, keys, None, root / "stop")
+    stage = Stage("new", CLASSES, DIM, STEPS, 7, root / "run", "print", None, keys, None, root)
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))
     rows = tuple(8 // world.size for _ in range(world.size))
     if stop and world.is_first:

@@ -69,7 +69,7 @@ def test_submit_follow_and_finish(workplace: Workplace, cluster: dict[str, str])
 def test_too_few_nodes_is_an_error_with_its_exit_code(workplace: Workplace, cluster: dict[str, str]) -> None:
     code, output = workplace.run("train", "--config", "small.toml", "--nodes", "3", "--name", "wide", **cluster)
     assert code == 4, output
-    assert "--nodes is 3; the cluster has 1 nodes" in output
+    assert "--nodes asks for 3; nodes of the cluster with at least 1 CPU: 1" in output
 
 
 def test_without_the_token_nothing_is_told(workplace: Workplace, cluster: dict[str, str], tmp_path: Path) -> None:

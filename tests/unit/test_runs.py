@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
+from launch.kubernetes import wait_for_job
 from launch.runs import find_run, read_launch, runs_below, status_of, stop_run, write_launch
 from lce_dist.config import load_config
-from lce_dist.errors import ConfigError, RunError
+from lce_dist.errors import ConfigError, LceError, RunError, SetupError
 from lce_dist.spool import Spool, holder
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.toml"
@@ -181,3 +182,80 @@ def test_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert 'patch rayjobs.ray.io two-a --namespace team --type merge --patch {"spec": {"suspend": true}}' in calls
     assert '{"spec": {"suspend": false}}' in calls
     assert "delete rayjobs.ray.io one-new --namespace team --wait\ncreate --filename -" in calls
+
+
+_CHANGING = """#!/bin/sh
+# Stands for a cluster whose job goes through the states in the files 1, 2, ...; the last one stays.
+if [ "$1" = get ]; then
+    n=$(cat "{folder}/n"); if [ -e "{folder}/$((n + 1))" ]; then echo $((n + 1)) > "{folder}/n"; n=$((n + 1)); fi
+    if ! [ -s "{folder}/$n" ]; then echo "connection refused" >&2; exit 1; fi
+    exec cat "{folder}/$n"
+fi
+printf '%s\\n' "$*" >> "{folder}/calls"
+echo "step 10 of 20"
+"""
+
+
+@pytest.mark.parametrize(
+    ("states", "code", "words"),
+    [
+        (
+            [("Initializing", "", ""), None, ("Running", "RUNNING", ""), ("Complete", "SUCCEEDED", "Job finished")],
+            0,
+            "",
+        ),
+        (
+            [
+                ("Running", "RUNNING", ""),
+                ("Failed", "FAILED", "Job entrypoint command failed with exit code 2, logs:\nno data"),
+            ],
+            2,
+            "RayJob team/one-a is Failed: no data",
+        ),
+        ([("Running", "RUNNING", ""), ("Suspended", "STOPPED", "")], 5, "was stopped; lce resume goes on"),
+        ([("Complete", "STOPPED", "")], 5, "was stopped"),
+        ([("ValidationFailed", "", "")], 1, "ValidationFailed: no message"),
+    ],
+)
+def test_a_kubernetes_job_is_followed_to_its_end(
+    states: list[tuple[str, str, str] | None],
+    code: int,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(_CHANGING.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("launch.kubernetes._WAIT_S", 0.01)
+    (tmp_path / "n").write_text("0")
+    for number, state in enumerate(states, start=1):
+        job = ray_job("one-a", "one", "2026-01-01T00:00:00Z", "")
+        if state is not None:
+            job["status"] = dict(zip(("jobDeploymentStatus", "jobStatus", "message"), state, strict=True))
+        (tmp_path / str(number)).write_text("" if state is None else json.dumps(job))
+    try:
+        wait_for_job("one-a", "team", with_log=True)
+        found, told = 0, ""
+    except LceError as error:
+        found, told = error.exit_code, str(error)
+    assert (found, words in told) == (code, True), told
+    said = capfd.readouterr().out
+    for state in states:
+        assert state is None or f"RayJob team/one-a: {state[0]}" in said
+    if ("Running", "RUNNING", "") in states:
+        assert "step 10 of 20" in said
+        assert "logs job/one-a --namespace team --follow" in (tmp_path / "calls").read_text()
+
+
+def test_a_cluster_that_does_not_answer_any_more_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "kubectl"
+    program.write_text("#!/bin/sh\necho 'connection refused' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("launch.kubernetes._WAIT_S", 0.01)
+    with pytest.raises(SetupError, match="connection refused"):
+        wait_for_job("one-a", "team", with_log=False)

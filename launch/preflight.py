@@ -1,0 +1,103 @@
+"""What a run needs beside config, data and models, looked at before anything is spent: storage, MLflow, memory of a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from launch.plan import refusal
+from launch.prepare import Prepared
+from lce_dist import planning
+from lce_dist.config import Config
+from lce_dist.errors import SetupError
+from lce_dist.mlflow_client import redact
+from lce_dist.tracking import tracking_uri
+from lce_dist.world import World
+
+_ANSWER_S = 5.0
+_GIB = 2**30
+
+
+def check_writable(root: Path) -> None:
+    """Whether runs can be kept below ``root``, which is made. Errors: SetupError."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise SetupError(
+            f"run.dir is {root}; it cannot be written: {error.strerror or error}. Use another --run-dir"
+        ) from None
+
+
+def check_space(config: Config, prepared: Prepared, run_dir: Path) -> None:
+    """Whether the checkpoints to come find room. Errors: SetupError."""
+    need = checkpoint_bytes(config, prepared) * (config.checkpoint.keep + 1)
+    there = sum(path.stat().st_size for path in run_dir.glob("*/checkpoints/*/*") if path.is_file())
+    free = shutil.disk_usage(run_dir.parent).free
+    if free + there < need:
+        raise SetupError(
+            f"{run_dir.parent} has {free / _GIB:.1f} GiB free; {config.checkpoint.keep} checkpoints (checkpoint.keep) and the "
+            f"one that is being written take {need / _GIB:.1f} GiB. Free space, or use another --run-dir"
+        )
+
+
+def checkpoint_bytes(config: Config, prepared: Prepared) -> int:
+    """Of the largest stage: weights and momentum in float32, of the network and of the rows."""
+    largest = 0
+    for name, plan in prepared.plans.items():
+        section = config.old if name == "old" else config.new
+        assert section.net is not None, "a stage that is trained has a net"
+        rows = plan.num_classes * section.embedding_dim
+        cost = planning.net_cost(section.net, section.embedding_dim, config.data.image_size)
+        states = 3 if config.head.optimizer == "adamw" else 2
+        largest = max(largest, int(8 * cost.num_parameters + 4 * states * rows))
+    return largest
+
+
+def unreachable_tracking(uri: str) -> str | None:
+    """Why the tracking server at ``uri`` does not answer now, or None; files and databases are not asked."""
+    if not uri.startswith(("http://", "https://")):
+        return None
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_ANSWER_S):  # noqa: S310 - http(s) alone
+            return None
+    except urllib.error.HTTPError as error:
+        return None if error.code in (401, 403, 404) else f"it answers {error.code}"
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
+
+
+def check_gpu_memory(config: Config, num_classes: int, num_images: int, world: World) -> None:
+    """Whether this rank's GPU holds what ``lce plan`` says of the new model's training. Errors: SetupError."""
+    if world.device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    machine = dataclasses.replace(planning.MACHINES["h200"], memory_bytes=float(total))  # its rates are of no account
+    where = (config, num_classes, num_images, machine, world.num_nodes, max(1, world.size // world.num_nodes))
+    made = planning.plan(*where)
+    if made.peak_bytes > total:  # what only just fits is tried
+        raise refusal(
+            dataclasses.replace(made, machine=torch.cuda.get_device_name(world.device)), planning.fixes(*where)
+        )
+
+
+def notes(config: Config, default_store: Path) -> Iterator[str]:
+    """What a person should know and the run does without. Errors: ConfigError for a store of no kind."""
+    uri = tracking_uri(config.tracking, default_store)
+    why = unreachable_tracking(uri)
+    if why is not None:
+        yield (
+            f"MLflow at {redact(uri)} does not answer ({redact(why)}); what it should know is kept in the run and sent when "
+            "it does"
+        )

@@ -1,0 +1,119 @@
+"""What is looked at before a run spends anything."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.preflight import check_space, check_writable, checkpoint_bytes, unreachable_tracking
+from launch.prepare import prepare
+from launch.runs_cli import node_range
+from launch.train import TrainOptions
+from lce_dist.config import load_config
+from lce_dist.errors import ConfigError, SetupError
+from lce_dist.models.catalog import build_net
+
+CONFIG = """
+[data]
+image_size = 32
+heldout_identities = 4
+[data.synthetic]
+identities = 12
+photos_per_identity = 3
+photo_size = 32
+[old]
+net = "tiny8"
+embedding_dim = 16
+epochs = 1.0
+[new]
+net = "tiny8"
+embedding_dim = 16
+epochs = 2.0
+[head]
+loss = "softmax"
+[optim]
+global_batch = 8
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "small.toml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def test_check_tells_what_would_be_and_leaves_no_run(workplace, capsys):
+    assert main(["train", "--config", "small.toml", "--check", "--nodes", "1:2", "--with-independent"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "data: 8 identities to train on, 4 held out; old model: 2 steps; new model: 6 steps; independent model: 6"
+        in told
+    )
+    assert "checked: nothing was trained" in told
+    assert not (workplace / "runs" / "quickstart").exists()
+
+
+def test_a_server_that_does_not_answer_is_told_and_no_error(workplace, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert main(["train", "--config", "small.toml", "--check"]) == 0
+    assert "MLflow at http://127.0.0.1:9 does not answer (" in capsys.readouterr().out
+
+
+def test_servers_that_answer():
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(int(self.path.split("/")[1]))
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        assert [unreachable_tracking(f"{base}/{code}") for code in (200, 401, 404)] == [None] * 3
+        assert unreachable_tracking(f"{base}/503") == "it answers 503"
+        server.shutdown()
+    assert unreachable_tracking("sqlite:///x.db") is None
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path, workplace, capsys):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", Path("/proc/nothing")):
+        with pytest.raises(SetupError, match=rf"run.dir is {place}; it cannot be written: .*\. Use another --run-dir"):
+            check_writable(place)
+    assert main(["train", "--config", "small.toml", "--run-dir", "/proc/nothing"]) == SetupError.exit_code
+    assert capsys.readouterr().err.count("\n") == 1
+    check_writable(tmp_path / "new" / "place")
+    assert list((tmp_path / "new" / "place").iterdir()) == []
+
+
+def test_room_for_checkpoints(workplace, monkeypatch):
+    config = load_config(workplace / "small.toml")
+    prepared = prepare(config, 1, False, workplace / "cache", lambda *count: None)
+    parameters = sum(p.numel() for p in build_net("tiny8", 16, 32, seed=0).parameters())
+    assert checkpoint_bytes(config, prepared) == 8 * parameters + 8 * 8 * 16
+    check_space(config, prepared, workplace / "run")
+    full = os.statvfs_result((4096, 4096, 100, 1, 1, 100, 100, 100, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(SetupError, match=r"GiB free; 2 checkpoints \(checkpoint.keep\) and the one"):
+        check_space(config, prepared, workplace / "run")
+
+
+def test_numbers_of_nodes():
+    assert node_range("4") == (None, 4) and node_range("2:4") == (2, 4)
+    options = TrainOptions(4, 2, False, False, False, 2)
+    assert options.nodes_text == "2:4" and list(options.possible_ranks) == [4, 5, 6, 7, 8]
+    assert TrainOptions(4, 1, False, False, False).nodes_text == "4"
+    for least, most in ((0, 4), (5, 4)):
+        with pytest.raises(ConfigError, match=f"--nodes is {least}:{most}; the first must be at least 1"):
+            TrainOptions(most, 1, False, False, False, least)
+    with pytest.raises(SystemExit):
+        main(["train", "--nodes", "two"])
