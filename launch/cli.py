@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from launch.bridge_cli import add_bridge_commands
 from launch.data_cli import add_data_commands
@@ -17,6 +17,7 @@ from launch.evaluate_cli import add_evaluate_commands
 from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
+from launch.kubernetes import OVERLAYS
 from launch.methods_cli import add_methods_command
 from launch.runs_cli import add_run_commands, node_range
 from lce_dist.config import Config, load_config, parse_config
@@ -74,7 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--image", help="k8s: container image (default: lce-dist:0.1.0)")
     train.add_argument("--storage", help="k8s: size of a new volume (default: 200Gi), or the name of an existing claim")
     train.add_argument("--namespace", help="k8s: namespace (default: lce-dist)")
-    train.add_argument("--overlay", choices=("gpu", "base"), help="k8s: kustomize overlay (default: gpu)")
+    train.add_argument("--overlay", choices=OVERLAYS, help="k8s: kustomize overlay (default: gpu)")
+    train.add_argument(
+        "--queue", metavar="NAME", help="k8s: wait in this LocalQueue until all pods fit (overlay kueue)"
+    )
     train.add_argument("--dry-run", action="store_true", help="k8s: print the manifests instead of applying them")
     train.add_argument(
         "--wait", action="store_true", help="k8s: return when the job has ended, with its exit code (elsewhere always)"
@@ -178,7 +182,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if target == "auto":
         target = "ray" if os.environ.get("RAY_ADDRESS") else "local"
     if target != "k8s":
-        for flag in ("image", "storage", "namespace", "overlay", "dry_run"):
+        for flag in ("image", "storage", "namespace", "overlay", "queue", "dry_run"):
             if getattr(arguments, flag):
                 raise ConfigError(
                     f"--{flag.replace('_', '-')} belongs to --target k8s; the target is {target}. Remove it"
@@ -243,7 +247,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:
-    from launch.kubernetes import KubernetesOptions, apply, job_name, render, wait_for_job
+    from launch.kubernetes import KubernetesOptions, apply, job_name, overlay_has_gpus, render, wait_for_job
 
     if arguments.fresh:
         raise ConfigError(
@@ -251,7 +255,7 @@ def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None
         )
     if arguments.run_dir is not None:
         raise ConfigError("--run-dir is for runs here; a Kubernetes job writes to /runs of its claim. Use --storage")
-    overlay: Literal["gpu", "base"] = arguments.overlay or "gpu"
+    overlay = arguments.overlay or ("gpu" if arguments.queue is None else "kueue")
     namespace = arguments.namespace or "lce-dist"
     if arguments.check:
         raise ConfigError("--check looks at what is seen from here; the storage of a Kubernetes job is not. Remove it")
@@ -259,12 +263,13 @@ def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None
         nodes=arguments.nodes[1],
         min_nodes=arguments.nodes[0],
         workers_per_node=arguments.workers_per_node,
-        gpus_per_node=arguments.workers_per_node if overlay == "gpu" else 0,
+        gpus_per_node=arguments.workers_per_node if overlay_has_gpus(overlay) else 0,
         image=arguments.image or "lce-dist:0.1.0",
         config_path=arguments.config,
         storage=arguments.storage or "200Gi",
         namespace=namespace,
         overlay=overlay,
+        queue=arguments.queue,
         name=config.run.name,
         overrides=tuple(arguments.set),
         with_independent=arguments.with_independent,

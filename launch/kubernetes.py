@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from lce_dist.config import PLACES, Config, load_config
 from lce_dist.errors import ConfigError, Interrupted, LceError, RunError, SetupError
@@ -42,11 +42,27 @@ class _Share:
     cpus: int
     memory_gib: int
     shm_gib: int
+    has_gpus: bool
+    reaches_buckets: bool = False
 
 
 _OVERLAYS: Mapping[str, _Share] = MappingProxyType(
-    {"base": _Share("base", 4, 16, 4), "gpu": _Share("overlays/gpu", 8, 64, 16)}
+    {
+        "base": _Share("base", 4, 16, 4, has_gpus=False),
+        "gpu": _Share("overlays/gpu", 8, 64, 16, has_gpus=True),
+        "gpu-elastic": _Share("overlays/gpu-elastic", 8, 64, 16, has_gpus=True),
+        "kind-cpu": _Share("overlays/kind-cpu", 1, 4, 1, has_gpus=False),
+        "kueue": _Share("overlays/kueue", 8, 64, 16, has_gpus=True),
+        "team": _Share("overlays/team", 8, 64, 16, has_gpus=True, reaches_buckets=True),
+    }
 )
+OVERLAYS = tuple(_OVERLAYS)
+_QUEUE_LABEL = "/metadata/labels/kueue.x-k8s.io~1queue-name"
+
+
+def overlay_has_gpus(overlay: str) -> bool:
+    """Whether the worker pods of an overlay have GPUs."""
+    return _OVERLAYS[overlay].has_gpus
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class KubernetesOptions:
 
     ``storage`` is a size ("200Gi": a new volume) or the name of an existing claim; a claim's name has no capital
     letter and a size has one in its unit, so a text is never both. ``name`` is the run's name. min_nodes: the run starts on
-    ``nodes`` and goes on with as few as these while pods are replaced.
+    ``nodes`` and goes on with as few as these while pods are replaced. queue: the LocalQueue of overlay ``kueue``.
     """
 
     nodes: int
@@ -66,10 +82,11 @@ class KubernetesOptions:
     storage: str
     namespace: str
     name: str
-    overlay: Literal["gpu", "base"] = "gpu"
+    overlay: str = "gpu"
     overrides: tuple[str, ...] = ()
     with_independent: bool = False
     min_nodes: int | None = None
+    queue: str | None = None
 
     def __post_init__(self) -> None:
         if self.overlay not in _OVERLAYS:
@@ -79,15 +96,19 @@ class KubernetesOptions:
                 raise ConfigError(f"{option} is {getattr(self, option)}; must be at least 1")
         if self.min_nodes is not None and not 1 <= self.min_nodes <= self.nodes:
             raise ConfigError(f"nodes is {self.nodes_text}; the first must be at least 1 and at most the second")
-        if self.overlay == "base" and self.gpus_per_node != 0:
+        if not overlay_has_gpus(self.overlay) and self.gpus_per_node != 0:
             raise ConfigError(
-                f"gpus_per_node is {self.gpus_per_node}; overlay 'base' has none. Use 0, or overlay 'gpu'"
+                f"gpus_per_node is {self.gpus_per_node}; overlay {self.overlay!r} has none. Use 0, or overlay 'gpu'"
             )
-        if self.overlay == "gpu" and self.gpus_per_node < self.workers_per_node:
+        if overlay_has_gpus(self.overlay) and self.gpus_per_node < self.workers_per_node:
             raise ConfigError(
                 f"gpus_per_node is {self.gpus_per_node}; a node's {self.workers_per_node} workers need one each. "
                 f"Use {self.workers_per_node}, or overlay 'base'"
             )
+        if self.queue is not None and self.overlay != "kueue":
+            raise ConfigError(f"queue is {self.queue!r}; overlay {self.overlay!r} waits in none. Use overlay 'kueue'")
+        if self.queue is not None and not _is_object_name(self.queue):
+            raise ConfigError(f"queue is {self.queue!r}; must be the name of a LocalQueue in the namespace")
         _split_image(self.image)
         if not _is_size(self.storage) and not _is_object_name(self.storage):
             raise ConfigError(
@@ -272,20 +293,26 @@ def resume_job(name: str, namespace: str) -> None:
 
 def _checked_config(options: KubernetesOptions) -> Config:
     config = load_config(options.config_path, list(options.overrides))
-    if (config.cluster.device == "gpu") != (options.overlay == "gpu") and config.cluster.device != "auto":
+    if config.cluster.device not in ("auto", "gpu" if overlay_has_gpus(options.overlay) else "cpu"):
         raise ConfigError(
             f"cluster.device is {config.cluster.device!r}; overlay {options.overlay!r} does not fit it. Use 'auto'"
         )
-    values = config.model_dump(mode="json")
+    for key, value in _places(config):
+        if "://" not in value and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
+            raise ConfigError(
+                f"{key} is {value!r}; pods see the folders {_DATA_DIR} and {_RUN_DIR} of the storage claim "
+                f"alone. Copy it into the claim's folder data and name it {_DATA_DIR}/..."
+            )
+    return config
+
+
+def _places(config: Config) -> list[tuple[str, str]]:
+    """Each file, folder or address that the config names, with the setting that names it."""
+    values, found = config.model_dump(mode="json"), []
     for section, key in PLACES:
         named = values[section][key]
-        for value in named if isinstance(named, list) else [named]:
-            if value is not None and "://" not in value and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
-                raise ConfigError(
-                    f"{section}.{key} is {value!r}; pods see the folders {_DATA_DIR} and {_RUN_DIR} of the storage claim "
-                    f"alone. Copy it into the claim's folder data and name it {_DATA_DIR}/..."
-                )
-    return config
+        found += [(f"{section}.{key}", value) for value in (named if isinstance(named, list) else [named]) if value]
+    return found
 
 
 def _job_name(options: KubernetesOptions, config: Config) -> str:
@@ -321,11 +348,14 @@ def _kustomization(options: KubernetesOptions, config: Config) -> dict[str, Any]
     else:
         removal = {"$patch": "delete", "apiVersion": "v1", "kind": claim["kind"], "metadata": {"name": claim["name"]}}
         patches.append({"target": claim, "patch": json.dumps(removal)})
+    share = _OVERLAYS[options.overlay]
+    needs_bucket = not share.reaches_buckets and any("://" in value for _, value in _places(config))
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
         "namespace": options.namespace,
-        "resources": [f"k8s/{_OVERLAYS[options.overlay].directory}"],
+        "resources": [f"k8s/{share.directory}"],
+        "components": ["k8s/components/bucket"] if needs_bucket else [],
         "images": [image],
         "configMapGenerator": [{"name": "lce-config", "behavior": "replace", "files": ["config.toml"]}],
         "patches": patches,
@@ -358,6 +388,8 @@ def _job_patch(options: KubernetesOptions, config: Config) -> list[dict[str, Any
         {"op": "test", "path": f"{pod}/volumes/1/name", "value": "shm"},
         {"op": "replace", "path": f"{pod}/volumes/1/emptyDir/sizeLimit", "value": f"{share.shm_gib * workers}Gi"},
     ]
+    if options.queue is not None:
+        patch.append({"op": "replace", "path": _QUEUE_LABEL, "value": options.queue})
     if not _is_size(options.storage):
         for spec in (head, pod):
             volume = f"{spec}/volumes/0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.kubernetes import KubernetesOptions, apply, job_name, render
+from launch.kubernetes import OVERLAYS, KubernetesOptions, apply, job_name, overlay_has_gpus, render
 from lce_dist.config import load_config
 from lce_dist.errors import ConfigError, RunError, SetupError
 
@@ -31,7 +32,10 @@ _SHARED = _REPOSITORY.parent / "shared"
 _QUICKSTART = _REPOSITORY / "configs" / "quickstart.toml"
 _BESIDE_PYTHON = Path(sys.executable).parent / "kubectl"
 _KUBECTL = shutil.which("kubectl") or (str(_BESIDE_PYTHON) if _BESIDE_PYTHON.exists() else None)
-_VARIANTS = sorted(str(p.parent.relative_to(_MANIFESTS)) for p in _MANIFESTS.rglob("kustomization.yaml"))
+_KUSTOMIZATIONS = sorted(str(p.parent.relative_to(_MANIFESTS)) for p in _MANIFESTS.rglob("kustomization.yaml"))
+_CLUSTER = "overlays/cluster"  # a RayCluster that stays; the other variants are RayJobs
+_VARIANTS = ["base", *(name for name in _KUSTOMIZATIONS if re.fullmatch(r"overlays/[^/]+", name))]
+_GIB = {"Mi": 1 / 1024, "Gi": 1.0, "Ti": 1024.0}
 _RESTRICTED_VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
 }  # fmt: skip
@@ -96,23 +100,39 @@ def variants() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def jobs(variants: dict[str, str]) -> dict[str, str]:
+    """The variants that are one run."""
+    return {name: text for name, text in variants.items() if name != _CLUSTER}
+
+
+def _ray_cluster(objects: list[Object]) -> Object:
+    """The Ray cluster's own settings, in a RayJob or in a RayCluster."""
+    (spec,) = [o["spec"].get("rayClusterSpec", o["spec"]) for o in objects if o["kind"] in ("RayJob", "RayCluster")]
+    return dict(spec)
+
+
+def _pod_templates(objects: list[Object]) -> list[Object]:
+    """Templates of all pods: Ray's, the submitter's, and those of Deployments and StatefulSets."""
+    cluster = _ray_cluster(objects)
+    templates = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    templates += [o["spec"]["submitterPodTemplate"] for o in objects if o["kind"] == "RayJob"]
+    return templates + [o["spec"]["template"] for o in objects if o["kind"] in ("Deployment", "StatefulSet")]
+
+
+@pytest.fixture(scope="module")
 def pods(variants: dict[str, str]) -> list[Object]:
-    """The pods of all variants: of RayJobs and of Deployments."""
-    templates = []
-    for text in variants.values():
-        for thing in _objects(text):
-            if thing["kind"] == "RayJob":
-                cluster = thing["spec"]["rayClusterSpec"]
-                templates += [thing["spec"]["submitterPodTemplate"], cluster["headGroupSpec"]["template"]]
-                templates += [group["template"] for group in cluster["workerGroupSpecs"]]
-            elif thing["kind"] == "Deployment":
-                templates.append(thing["spec"]["template"])
-    assert len(templates) == 4 * len(variants)
-    return templates
+    """The pods of all variants."""
+    counts = {name: len(_pod_templates(_objects(text))) for name, text in variants.items()}
+    assert counts == {**dict.fromkeys(variants, 4), _CLUSTER: 3, "overlays/team": 5}
+    return [template for text in variants.values() for template in _pod_templates(_objects(text))]
 
 
 def test_the_committed_variants_are_known() -> None:
-    assert _VARIANTS == ["base", "overlays/gpu"]
+    overlays = ["cluster", "gpu", "gpu-elastic", "kind-cpu", "kueue", "team"]
+    assert ["base", *(f"overlays/{name}" for name in overlays)] == _VARIANTS
+    components = ["components/bucket", "components/mlflow-postgres"]  # built as parts of overlays/team
+    assert sorted({*_KUSTOMIZATIONS} - {*_VARIANTS}) == [*components, "overlays/cluster/copied", "platform"]
+    assert {f"overlays/{name}" for name in OVERLAYS} - {"overlays/base"} == {*_VARIANTS[1:]} - {_CLUSTER}
 
 
 @needs_crds
@@ -141,7 +161,8 @@ def test_the_pods_of_a_ray_job_fit_the_pod_schema(variants: dict[str, str], tmp_
         expander = str(_SHARED / "tools" / "pods.py")
         done = subprocess.run([sys.executable, expander, str(path)], capture_output=True, text=True, check=True)
         expanded = _objects(done.stdout)
-        assert [pod["metadata"]["name"].rsplit("-", 1)[1] for pod in expanded] == ["head", "workers", "submitter"]
+        names = ["head", "workers"] if "kind: RayCluster" in text else ["head", "workers", "submitter"]
+        assert [pod["metadata"]["name"].rsplit("-", 1)[1] for pod in expanded] == names
         for pod in expanded:
             kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
         expanded[0]["spec"]["containers"][0]["imagePullPolice"] = "Always"
@@ -154,9 +175,9 @@ def test_every_builtin_object_fits_its_schema_and_a_planted_fault_is_found(varia
         objects = _objects(text)
         assert objects[0]["kind"] == "Namespace"  # created first, the rest lives in it
         for thing in objects:
-            if thing["kind"] != "RayJob":
+            if thing["kind"] not in ("RayJob", "RayCluster"):
                 kubernetes_validate.validate(thing, kubernetes_validate.latest_version(), strict=True)
-    service = _only(objects, "Service")
+    service = _only(objects, "Service", "mlflow")
     service["spec"]["selectors"] = service["spec"].pop("selector")
     with pytest.raises(kubernetes_validate.ValidationError, match="selectors"):
         kubernetes_validate.validate(service, kubernetes_validate.latest_version(), strict=True)
@@ -223,9 +244,9 @@ def _set(path: str, value: Any) -> Callable[[Object], None]:
     ],
 )
 def test_the_operator_accepts_every_job_and_the_check_would_tell(
-    variants: dict[str, str], fault: str, change: Callable[[Object], None]
+    jobs: dict[str, str], fault: str, change: Callable[[Object], None]
 ) -> None:
-    for text in variants.values():
+    for text in jobs.values():
         job = _only(_objects(text), "RayJob")
         assert _operator_faults(job) == []
         change(job)
@@ -259,7 +280,8 @@ def _pod_faults(spec: Object) -> list[str]:
         if amounts.get("requests") != amounts.get("limits") or not {"cpu", "memory"} <= amounts["limits"].keys():
             faults.append("resources")
         mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
-        if not {"/tmp", "/home/lce"} <= mounted or {"name": "HOME", "value": "/home/lce"} not in container["env"]:
+        at_home = "/home/lce" in mounted and {"name": "HOME", "value": "/home/lce"} in container["env"]
+        if "/tmp" not in mounted or not (at_home or "/var/lib/postgresql/data" in mounted):
             faults.append("nowhere to write")
         if any(mount["name"] not in volumes for mount in container["volumeMounts"]):
             faults.append("unknown volume")
@@ -276,7 +298,7 @@ def test_pods_are_restricted_bounded_and_have_somewhere_to_write(pods: list[Obje
             "volume": _set("volumes.0", {"name": "tmp", "hostPath": {"path": "/"}}),
             "privileges": _set("containers.0.securityContext.capabilities", {}),
             "resources": _set("containers.0.resources.requests", {"cpu": "1"}),
-            "nowhere to write": _set("containers.0.env", []),
+            "nowhere to write": _set("containers.0.volumeMounts", []),
         }.items():
             broken = copy.deepcopy(pod["spec"])
             change(broken)
@@ -288,12 +310,16 @@ def test_pods_are_restricted_bounded_and_have_somewhere_to_write(pods: list[Obje
 
 def test_shared_memory_is_memory_and_leaves_room_for_the_process(pods: list[Object]) -> None:
     with_ray = [pod["spec"] for pod in pods if any(v["name"] == "shm" for v in pod["spec"]["volumes"])]
-    assert len(with_ray) == len(pods) / 2
+    assert len(with_ray) == 2 * (len(_VARIANTS) + 1)
     for spec in with_ray:
         shm = next(v["emptyDir"] for v in spec["volumes"] if v["name"] == "shm")
         assert shm["medium"] == "Memory"
         memory = spec["containers"][0]["resources"]["limits"]["memory"]
-        assert 0.5 * int(memory.removesuffix("Gi")) > int(shm["sizeLimit"].removesuffix("Gi"))
+        assert 0.5 * _gib(memory) > _gib(shm["sizeLimit"])
+
+
+def _gib(amount: str) -> float:
+    return float(amount[:-2]) * _GIB[amount[-2:]]
 
 
 def _matches(selector: Object | None, labels: dict[str, str]) -> bool:
@@ -327,14 +353,19 @@ def _reaches(
 def test_the_network_opens_what_a_run_needs_and_nothing_else(variants: dict[str, str]) -> None:
     ray_label = {"ray.io/is-ray-node": "yes"}  # set by the operator
     operator = {"app.kubernetes.io/name": "kuberay-operator"}
-    for text in variants.values():
+    for name, text in variants.items():
         objects = _objects(text)
-        job = _only(objects, "RayJob")["spec"]
-        cluster = job["rayClusterSpec"]
+        cluster = _ray_cluster(objects)
         head = cluster["headGroupSpec"]["template"]["metadata"]["labels"] | ray_label
         worker = cluster["workerGroupSpecs"][0]["template"]["metadata"]["labels"] | ray_label
-        submitter = job["submitterPodTemplate"]["metadata"]["labels"]
+        submitter = {"app.kubernetes.io/component": "ray-submitter"}
+        if name != _CLUSTER:
+            assert _only(objects, "RayJob")["spec"]["submitterPodTemplate"]["metadata"]["labels"] == submitter
         mlflow = _only(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+        database = {"app.kubernetes.io/name": "mlflow-postgres"}
+        has_database = any(o["kind"] == "StatefulSet" for o in objects)
+        if has_database:
+            assert _only(objects, "StatefulSet")["spec"]["template"]["metadata"]["labels"] == database
         for source, target, port, other_namespace, expected in (
             (worker, head, 6379, False, True),
             (head, worker, 12345, False, True),
@@ -351,12 +382,59 @@ def test_the_network_opens_what_a_run_needs_and_nothing_else(variants: dict[str,
             ({}, head, 8265, False, False),
             ({}, mlflow, 5000, True, False),
             ({}, mlflow, 5000, False, False),
+            (mlflow, database, 5432, False, has_database),
+            (worker, database, 5432, False, False),
+            (submitter, database, 5432, False, False),
+            ({}, database, 5432, False, False),
+            ({}, database, 5432, True, False),
+            (database, mlflow, 5000, False, False),
         ):
-            assert _reaches(objects, source, target, port, other_namespace) is expected, (source, target, port)
+            assert _reaches(objects, source, target, port, other_namespace) is expected, (name, source, target, port)
         service = _only(objects, "Service", "mlflow")["spec"]
         assert service["selector"].items() <= mlflow.items() and service["ports"][0]["port"] == 5000
-        for container in (c for pod in (cluster["headGroupSpec"]["template"],) for c in pod["spec"]["containers"]):
+        for container in cluster["headGroupSpec"]["template"]["spec"]["containers"]:
             assert {"name": "MLFLOW_TRACKING_URI", "value": "http://mlflow:5000"} in container["env"]
+
+
+def _outside(objects: list[Object], labels: dict[str, str]) -> list[tuple[str, list[str], list[int]]]:
+    """Where pods of these labels may go beyond the cluster's pods: address range, what it leaves out, ports."""
+    policies = [
+        o["spec"] for o in objects if o["kind"] == "NetworkPolicy" and _matches(o["spec"]["podSelector"], labels)
+    ]
+    return sorted(
+        (end["ipBlock"]["cidr"], end["ipBlock"].get("except", []), [port["port"] for port in rule.get("ports", [])])
+        for policy in policies
+        for rule in policy.get("egress", [])
+        for end in rule["to"]
+        if "ipBlock" in end
+    )
+
+
+def test_nothing_leaves_the_cluster_but_what_reads_buckets(variants: dict[str, str], tmp_path: Path) -> None:
+    dns = ("169.254.20.10/32", [], [53, 53])
+    https = ("0.0.0.0/0", ["169.254.0.0/16"], [443])  # all but the nodes' metadata
+    text = _QUICKSTART.read_text()
+    start = text.index("[data.synthetic]")
+    (tmp_path / "bucket.toml").write_text(
+        (text[:start] + text[text.index("[old]") :]).replace("[data]", '[data]\nshards = "s3://bucket/faces"')
+    )
+    with_bucket = {"render bucket": render(_options(config_path=tmp_path / "bucket.toml"))}
+    with_bucket["render team"] = render(_options(config_path=tmp_path / "bucket.toml", overlay="team"))
+    for name, built in {**variants, **with_bucket}.items():
+        objects, opened = _objects(built), name in ("overlays/team", *with_bucket)
+        assert _outside(objects, {"ray.io/is-ray-node": "yes"}) == ([https, dns] if opened else [dns]), name
+        for labels in (
+            {},
+            {"app.kubernetes.io/component": "ray-submitter"},
+            {"app.kubernetes.io/name": "mlflow-postgres"},
+        ):
+            assert _outside(objects, labels) == [dns], (name, labels)
+        team = "team" in name
+        assert _outside(objects, {"app.kubernetes.io/name": "mlflow"}) == ([https, dns] if team else [dns]), name
+        containers = [t["spec"]["containers"][0] for t in _pod_templates(objects)[:2]]
+        secrets = [c.get("envFrom", []) for c in containers]
+        expected = [{"secretRef": {"name": "lce-bucket", "optional": True}}] if opened else []
+        assert secrets == [expected, expected], name
 
 
 def test_what_a_pod_names_exists(variants: dict[str, str]) -> None:
@@ -368,8 +446,124 @@ def test_what_a_pod_names_exists(variants: dict[str, str]) -> None:
         claims = set(re.findall(r"claimName: (\S+)", text))
         assert claims - kinds["PersistentVolumeClaim"] == ({"team-claim"} if name == "render many" else set())
         assert set(re.findall(r"serviceAccountName: (\S+)", text)) == kinds["ServiceAccount"]
-        (mounted,) = re.findall(r"configMap:\s+name: (\S+)", text)
-        assert {mounted} == kinds["ConfigMap"] and re.fullmatch(r"lce-config-[a-z0-9]{10}", mounted)
+        mounted = re.findall(r"configMap:\s+name: (\S+)", text)
+        assert len(mounted) == (0 if name == _CLUSTER else 1) and {*mounted} == kinds["ConfigMap"]
+        assert all(re.fullmatch(r"lce-config-[a-z0-9]{10}", config_map) for config_map in mounted)
+
+
+def test_everything_is_in_the_one_namespace_and_says_of_what_it_is_part(variants: dict[str, str]) -> None:
+    for name, text in variants.items():
+        for thing in _objects(text):
+            about = thing["metadata"]
+            assert about["labels"]["app.kubernetes.io/part-of"] == "lce-dist", (name, about)
+            expected = {"Namespace": None}.get(thing["kind"], "team-a" if name == "render many" else "lce-dist")
+            assert about.get("namespace") == expected, (name, about)
+
+
+def test_secrets_are_named_and_never_held(variants: dict[str, str]) -> None:
+    found: set[str] = set()
+    for text in variants.values():
+        objects = _objects(text)
+        assert not any(o["kind"] == "Secret" for o in objects)
+        for template in _pod_templates(objects):
+            for container in template["spec"]["containers"]:
+                found |= {source["secretRef"]["name"] for source in container.get("envFrom", [])}
+                for variable in container["env"]:
+                    if re.search("PASSWORD|TOKEN|SECRET|KEY", variable["name"]):
+                        found.add(variable["valueFrom"]["secretKeyRef"]["name"])
+    assert found == {"lce-bucket", "lce-mlflow-bucket", "lce-mlflow-postgres"}
+
+
+def test_a_budget_over_rays_pods_is_one_that_kubernetes_can_count(variants: dict[str, str]) -> None:
+    for name, text in variants.items():
+        objects = _objects(text)
+        budgets = [o["spec"] for o in objects if o["kind"] == "PodDisruptionBudget"]
+        heads = _ray_cluster(objects)["headGroupSpec"]["template"]["metadata"]["labels"]
+        assert [budget for budget in budgets if _matches(budget["selector"], heads)], name
+        pods = int(_only(objects, "ResourceQuota")["spec"]["hard"]["pods"])
+        for budget in budgets:  # a RayCluster has no scale: a percentage or maxUnavailable could not be counted
+            assert "maxUnavailable" not in budget and budget["minAvailable"] > pods, name
+
+
+def test_who_submits_reads_no_secret_and_enters_no_pod(variants: dict[str, str]) -> None:
+    for text in variants.values():
+        objects = _objects(text)
+        assert not any(o["kind"] in ("ClusterRole", "ClusterRoleBinding", "RoleBinding") for o in objects)
+        (role,) = [o for o in objects if o["kind"] == "Role"]
+        granted = {
+            (resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]
+        }
+        assert not any("*" in pair or pair[0] in ("secrets", "pods/exec", "pods/portforward") for pair in granted)
+        asked = {
+            ("rayjobs", verb) for verb in ("get", "list", "create", "patch", "delete")
+        }  # all that lce asks kubectl for
+        assert granted >= {*asked, ("pods/log", "get"), ("jobs", "get")}
+
+
+def test_the_cluster_that_stays_is_the_cluster_of_a_run() -> None:
+    stays = _ray_cluster(_objects(_built(_MANIFESTS / _CLUSTER)))
+    of_a_run = _ray_cluster(_objects(_built(_MANIFESTS / "overlays" / "gpu")))
+    head = of_a_run["headGroupSpec"]["template"]["spec"]
+    head["volumes"] = [volume for volume in head["volumes"] if volume["name"] != "config"]
+    mounts = head["containers"][0]["volumeMounts"]
+    head["containers"][0]["volumeMounts"] = [mount for mount in mounts if mount["name"] != "config"]
+    assert stays == of_a_run
+
+
+def test_the_queue_of_a_run_is_the_one_asked_for() -> None:
+    job = _only(_objects(render(_options(overlay="kueue", queue="faces"))), "RayJob")
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "faces"
+    assert "suspend" not in job["spec"] and job["spec"]["shutdownAfterJobFinishes"] is True  # Kueue's own rules
+    assert job_name(_options(overlay="kueue", queue="faces")) == job_name(_options(overlay="kueue"))
+
+
+_CHECKOV_ACCEPTED = {
+    "CKV_K8S_8": "Ray's pods: the operator adds liveness and readiness probes; the submitter is a job",
+    "CKV_K8S_9": "Ray's pods: the operator adds liveness and readiness probes; the submitter is a job",
+    "CKV_K8S_14": "the image's tag is the release; --image takes a digest",
+    "CKV_K8S_43": "the image's digest is the registry's; --image takes one",
+    "CKV_K8S_15": "IfNotPresent: tags are never reused, and kind has no registry",
+    "CKV_K8S_35": "MLflow and PostgreSQL read these settings from the environment alone",
+    "CKV2_K8S_6": "the policies stand in the same build; pods expanded from a RayJob are looked at without them",
+}
+
+
+def _checkov(folder: Path) -> set[str]:
+    program = shutil.which("checkov")
+    assert program is not None
+    words = [
+        program,
+        "-d",
+        str(folder),
+        "--framework",
+        "kubernetes",
+        "--compact",
+        "--quiet",
+        "--skip-download",
+        "-o",
+        "json",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    found = json.loads(done.stdout)
+    return {check["check_id"] for check in found.get("results", {}).get("failed_checks", [])}
+
+
+@needs_crds
+@pytest.mark.skipif(shutil.which("checkov") is None, reason="needs checkov, in its own environment, on PATH")
+def test_checkov_finds_nothing_that_is_not_explained_and_finds_a_planted_fault(
+    variants: dict[str, str], tmp_path: Path
+) -> None:
+    for number, text in enumerate(variants.values()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "all.yaml").write_text(text)
+        expander = str(_SHARED / "tools" / "pods.py")
+        words = [sys.executable, expander, str(folder / "all.yaml")]
+        (folder / "pods.yaml").write_text(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+        assert _checkov(folder) <= _CHECKOV_ACCEPTED.keys()
+    (folder / "all.yaml").write_text(text.replace("allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true"))
+    assert "CKV_K8S_20" in _checkov(folder)
 
 
 def test_the_base_config_is_a_valid_run_without_files_from_outside() -> None:
@@ -404,23 +598,42 @@ def test_render_puts_every_option_into_the_objects() -> None:
 def test_the_entrypoint_is_a_command_of_this_version() -> None:
     from launch.cli import _parser
 
-    for text in (_built(_MANIFESTS / "base"), render(_options())):
+    for text in (_built(_MANIFESTS / "base"), _built(_MANIFESTS / "overlays" / "gpu-elastic"), render(_options())):
         words = _only(_objects(text), "RayJob")["spec"]["entrypoint"].split()
         assert words[:3] == ["python", "-m", "launch.cli"]
         arguments = _parser().parse_args(words[3:])
-        assert (arguments.nodes, arguments.workers_per_node, arguments.run_dir) == (2, 1, "/runs")
+        assert (arguments.workers_per_node, arguments.run_dir) == (1, "/runs")
+        group = _ray_cluster(_objects(text))["workerGroupSpecs"][0]
+        least = None if group["minReplicas"] == group["maxReplicas"] else group["minReplicas"]
+        assert arguments.nodes == (least, group["maxReplicas"])
         assert str(arguments.config) == "/etc/lce/config.toml"
 
 
-def test_render_with_the_overlays_own_numbers_is_the_overlay() -> None:
-    for overlay, gpus in (("base", 0), ("gpu", 1)):
-        directory = _MANIFESTS / ("base" if overlay == "base" else "overlays/gpu")
-        options = _options(overlay=overlay, gpus_per_node=gpus, config_path=_MANIFESTS / "base" / "config.toml")
-        committed, rendered = _objects(_built(directory)), _objects(render(options))
-        job = _only(rendered, "RayJob")
-        job["metadata"]["name"] = "lce-train"
-        job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace(" --name quickstart", "")
-        assert rendered == committed
+def test_a_run_that_may_go_on_with_fewer_nodes() -> None:
+    job = _only(_objects(render(_options(nodes=4, min_nodes=2))), "RayJob")
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (4, 2, 4)
+    assert " --nodes 2:4 " in job["spec"]["entrypoint"]
+    assert job["metadata"]["name"] != job_name(_options(nodes=4))
+    with pytest.raises(ConfigError, match="nodes is 5:4; the first must be at least 1 and at most the second"):
+        _options(nodes=4, min_nodes=5)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_render_with_the_overlays_own_numbers_is_the_overlay(overlay: str) -> None:
+    directory = _MANIFESTS / ("base" if overlay == "base" else f"overlays/{overlay}")
+    options = _options(
+        overlay=overlay, gpus_per_node=int(overlay_has_gpus(overlay)), config_path=_MANIFESTS / "base" / "config.toml"
+    )
+    if overlay == "gpu-elastic":
+        options = replace(options, nodes=4, min_nodes=2)
+    committed = _objects(_built(directory))
+    size = _only(committed, "PersistentVolumeClaim", "lce-storage")["spec"]["resources"]["requests"]["storage"]
+    rendered = _objects(render(replace(options, storage=size)))
+    job = _only(rendered, "RayJob")
+    job["metadata"]["name"] = "lce-train"
+    job["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace(" --name quickstart", "")
+    assert rendered == committed
 
 
 def test_a_digest_and_a_registry_port_survive() -> None:
@@ -461,7 +674,10 @@ def test_every_run_name_becomes_a_legal_ray_job_name(name: str) -> None:
         ({"workers_per_node": -1}, "workers_per_node is -1; must be at least 1"),
         ({"gpus_per_node": 1, "workers_per_node": 2}, "gpus_per_node is 1; .* Use 2"),
         ({"overlay": "base"}, "gpus_per_node is 1; overlay 'base' has none"),
-        ({"overlay": "tpu"}, "overlay is 'tpu'; must be one of base, gpu"),
+        ({"overlay": "tpu"}, "overlay is 'tpu'; must be one of base, gpu, gpu-elastic, kind-cpu, kueue, team"),
+        ({"overlay": "kind-cpu"}, "gpus_per_node is 1; overlay 'kind-cpu' has none"),
+        ({"queue": "faces"}, "queue is 'faces'; overlay 'gpu' waits in none"),
+        ({"queue": "My Queue", "overlay": "kueue"}, "queue is 'My Queue'"),
         ({"image": "lce"}, "image is 'lce'"),
         ({"image": "lce:latest"}, "not latest"),
         ({"image": "lce:1 --x"}, "image is"),
@@ -543,7 +759,7 @@ def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPa
     assert "\n" not in str(caught.value)
 
 
-_CLUSTER = """#!/bin/sh
+_KUBECTL_STUB = """#!/bin/sh
 # Stands for a cluster: kustomize is real, the rest is written down and answered from files.
 if [ "$1" = kustomize ]; then exec "{kubectl}" "$@"; fi
 printf '%s\\n' "$*" >> "{folder}/calls"
@@ -558,7 +774,7 @@ exit "$(cat "{folder}/rc")"
 def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     program = tmp_path / "bin" / "kubectl"
     program.parent.mkdir()
-    program.write_text(_CLUSTER.format(kubectl=_KUBECTL, folder=tmp_path))
+    program.write_text(_KUBECTL_STUB.format(kubectl=_KUBECTL, folder=tmp_path))
     program.chmod(0o755)
     for name, text in (("status", ""), ("complaint", ""), ("rc", "0")):
         (tmp_path / name).write_text(text)
