@@ -65,7 +65,7 @@ class RunProgress:
             if before == ranks:
                 self.note("a worker was lost; all of them were restarted and go on from the last checkpoint")
             elif before:
-                self.note(f"now {ranks} workers, after {before}: they go on from the last checkpoint")
+                self.note(f"now {ranks} worker{'s' * (ranks > 1)}, after {before}: going on from the last checkpoint")
         elif kind == "stage_start":
             classes = f", {event['num_classes']:,} classes" if "num_classes" in event else ""
             if event["first_step"]:

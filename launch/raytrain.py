@@ -349,6 +349,7 @@ class _Watch:
         self._stall = Stall(float(job.config.faults.stall_note_s))
         self._restart_s = float(job.config.faults.collective_timeout_s)
         self._killed: set[int] = set()
+        self._ending: dict[Any, str] = {}  # tasks that end a worker, and what to say when one has
         self._asked: dict[str, int] = {}  # node that drains: how often a checkpoint was asked for
         self._polled_s = 0.0
         self.drained = False
@@ -368,12 +369,13 @@ class _Watch:
             whom = whom_it_waits_for(_places(ray.get(self._mailbox.places.remote())))
             yield {"type": "warning", "text": f"no step for {self._stall.seconds(now_s):.0f} s: {whom}"}
         if self._stall.seconds(now_s) > self._restart_s:
-            yield from self._restart(now_s)
+            self._restart(now_s)
+        yield from self._ended()
         if now_s - self._polled_s >= _DRAIN_POLL_S:
             self._polled_s = now_s
             yield from self._drains()
 
-    def _restart(self, now_s: float) -> Iterator[dict[str, Any]]:
+    def _restart(self, now_s: float) -> None:
         """End the workers that the others wait for; Ray Train then starts all of them again.
 
         Time-outs of the collectives themselves do not reach those that DeepSpeed makes, nor a process that is frozen.
@@ -386,9 +388,18 @@ class _Watch:
             if place.pid not in self._killed:
                 self._killed.add(place.pid)
                 there = NodeAffinitySchedulingStrategy(place.node_id, soft=False)
-                remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_worker).remote(place.pid)
+                task = remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_end_worker).remote(place.pid)
                 text = f"{place.name()} is ended: no step for {self._stall.seconds(now_s):.0f} s (faults.collective_timeout_s)"
-                yield {"type": "warning", "text": text}
+                self._ending[task] = text
+
+    def _ended(self) -> Iterator[dict[str, Any]]:
+        import ray
+
+        for task in ray.wait([*self._ending], num_returns=len(self._ending), timeout=0)[0] if self._ending else []:
+            text = self._ending.pop(task)
+            with contextlib.suppress(ray.exceptions.RayError):  # its node has gone, and it with it
+                if ray.get(task):
+                    yield {"type": "warning", "text": text}
 
     def _drains(self) -> Iterator[dict[str, Any]]:
         import ray
@@ -416,9 +427,13 @@ class _Watch:
                 }
 
 
-def _end_worker(pid: int) -> None:
-    if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():  # the number may be somebody else's by now
-        os.kill(pid, signal.SIGKILL)
+def _end_worker(pid: int) -> bool:
+    """Whether there was a worker of that number to end."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():  # the number may be somebody else's by now
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
 
 
 def _places(told: dict[int, tuple[dict[str, Any], float]]) -> dict[int, tuple[Place, float]]:

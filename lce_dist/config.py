@@ -450,13 +450,14 @@ class FaultsConfig(_Section):
     non_finite: a step whose loss or gradient is not finite ends the run ("stop"), changes nothing ("skip"), or is answered
     by the last checkpoint, the steps since then left out ("roll_back"); a stage may lose non_finite_limit steps, or rolls, like that.
     stall_note_s: without a step for so long, the ranks that are waited for are named; collective_timeout_s: and after so long all of them
-    start again from the last checkpoint.
+    start again from the last checkpoint. Workers tell every 5 s where they are and count as silent after 15, so sooner than after 20
+    an innocent one could be named.
     """
 
     non_finite: Literal["stop", "skip", "roll_back"] = "stop"
     non_finite_limit: Count = 10
-    stall_note_s: Count = 60
-    collective_timeout_s: Count = 600
+    stall_note_s: Annotated[int, Field(ge=20)] = 60
+    collective_timeout_s: Annotated[int, Field(ge=20)] = 600
 
 
 class ClusterConfig(_Section):
