@@ -6,11 +6,9 @@ reads on any number of ranks.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,10 @@ import numpy.typing as npt
 
 from lce_dist import storage
 from lce_dist.errors import CheckpointError, RunError
+from lce_dist.tensor_file import BLOCK_BYTES, OFFSETS, Array, Column, Progress, write_file
 
-BLOCK_BYTES = 32 << 20
 BLOCK_ROWS = 16384  # keys become Python objects of 40 bytes and more, however short they are
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_OFFSETS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says which rows a file holds
-
-Array = npt.NDArray[Any]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def open_rows(directory: Path, stored: storage.Stored) -> dict[str, StoredRows]:
         path = directory / file
         try:
             header, begin = _read_header(path)
-            offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
+            offsets = json.loads(header.pop("__metadata__", {}).get(OFFSETS, "{}"))
             for name, entry in header.items():
                 dtypes[name] = _DTYPES[entry["dtype"]]
                 first = offsets[name]["saved_offsets"][0] if name in offsets else 0
@@ -115,55 +108,6 @@ def open_rows(directory: Path, stored: storage.Stored) -> dict[str, StoredRows]:
     if missing:
         raise CheckpointError(f"{directory} lacks the tensor {missing[0]!r} that its manifest names; restore it")
     return {name: StoredRows(name, dtypes[name], tuple(shape), parts[name]) for name, shape in stored.shapes.items()}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One tensor to be written: its shape, and its rows in blocks that are made one after another."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    blocks: Iterable[Array]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
-
-
-def write_file(path: Path, columns: dict[str, Column], progress: Progress | None = None) -> dict[str, Any]:
-    """Write one safetensors file and wait until it is on the disk; returns its bytes and sha256.
-
-    progress: gets (bytes done, bytes). **Memory**: a block. **Source**: the safetensors format, version 0.4.
-    """
-    ordered = sorted(columns.items(), key=lambda item: -item[1].dtype.itemsize)  # so that all rows are aligned
-    header: dict[str, Any] = {}
-    end = 0
-    for name, column in ordered:
-        entry = {"dtype": _NAMES[column.dtype], "shape": list(column.shape)}
-        header[name] = entry | {"data_offsets": [end, end + column.num_bytes]}
-        end += column.num_bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    done = 0
-    with path.open("wb") as file:
-        for data in (struct.pack("<Q", len(text)), text):
-            file.write(data)
-            digest.update(data)
-        for name, column in ordered:
-            before = done
-            for block in column.blocks:
-                flat = np.ascontiguousarray(block, column.dtype).reshape(-1).view(np.uint8)
-                file.write(flat.data)
-                digest.update(flat.data)
-                done += flat.nbytes
-                if progress is not None:
-                    progress(done, end)
-            if done - before != column.num_bytes:
-                raise AssertionError(f"{name}: {done - before} bytes came, {column.num_bytes} were promised")
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
 
 
 def write_directory(

@@ -1,7 +1,7 @@
 """Tensors on disk, whole or cut by class over ranks: written atomically, checked by hash, read by any number of ranks.
 
-torch.distributed.checkpoint does the cutting and the reading back; its safetensors form is used, so no
-pickle is written or read. A directory appears under its name only when complete (rename of a finished one).
+Each rank writes one safetensors file of its own, in the form that torch.distributed.checkpoint reads back on any number of
+ranks; no pickle is written or read. A directory appears under its name only when complete (rename of a finished one).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,20 +21,24 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lce_dist.collectives import all_reduce_max
 from lce_dist.errors import CheckpointError, LceError, RunError
-from lce_dist.world import World
+from lce_dist.tensor_file import Column, write_file
+from lce_dist.world import World, shard_bounds
 
 logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*torch.distributed is.*", category=UserWarning)
 
 MANIFEST = "manifest.json"
 FORMAT = "lce-dist-tensors"
+_LOOK_S = 0.05  # between two looks for the files of other ranks
+_SEEN_S = 300.0  # until a network file system shows what others have written, at the latest
+_LEAVE_S = 30.0
 _LONGEST_WORDS = 2000  # bytes of an error that travel to the other ranks
 
 T = TypeVar("T")
@@ -53,18 +58,119 @@ def save(directory: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any
     """Write ``tensors`` (every rank its rows; replicas once) and the JSON ``state``, then commit by one rename.
 
     A directory of that name is replaced. Errors: RunError, on every rank, where the file system refuses; what
-    lay there before is as it was. **Collectives**: those of dcp.save, and three small all-reduces.
+    lay there before is as it was. **Collectives**: three small all-reduces.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    together(lambda: start(partial) if world.is_first else None, world, RunError)
-    writer = HuggingFaceStorageWriter(path=str(partial), save_distributed=True)
-    try:
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
-    except CheckpointException as error:
-        raise RunError(f"{partial} cannot be written: {_first_failure(error)}. Free space or go elsewhere") from None
-    together(lambda: _write_hashes(partial, world), world, RunError)
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    together(lambda: _commit(partial, directory, shapes, state) if world.is_first else None, world, RunError)
+    Writing(directory, tensors, state, world, copied=False).finish()
+
+
+class Writing:
+    """A directory on its way to the disk, in a thread; when every rank's file is there, the first rank's thread commits it.
+
+    copied: values are as they were when it began, whatever becomes of the tensors; otherwise they must stay as they are.
+    then: called by the first rank's thread after the commit. Errors: RunError, on every rank, where it cannot begin.
+    **Memory**: with copied, the rank's part once more, in the machine's memory. **Collectives**: a small all-reduce.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        tensors: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        world: World,
+        copied: bool = True,
+        then: Callable[[], None] | None = None,
+    ) -> None:
+        self.is_committed = False
+        self._directory, self._state, self._world, self._then = directory, state, world, then
+        self._partial = directory.with_name(directory.name + ".partial")
+        self._shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        self._error: Exception | None = None
+        self._given_up = threading.Event()
+        together(lambda: start(self._partial) if world.is_first else None, world, RunError)
+        self._columns = _own_columns(tensors, world, copied)
+        self._own = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._all = threading.Thread(target=self._commit, name="commit", daemon=True)
+        self._own.start()
+        if world.is_first:
+            self._all.start()
+
+    def finish(self) -> None:
+        """Wait until it is committed. Errors: RunError, on every rank, where the file system refused.
+
+        **Collectives**: two small all-reduces.
+        """
+        self._own.join()
+        try:
+            together(self._raise, self._world, RunError)
+        except RunError:
+            self._given_up.set()
+            raise
+        if self._world.is_first:
+            self._all.join(_SEEN_S)
+            if self._all.is_alive():
+                self._given_up.set()
+                self._error = RunError(f"files of other ranks are not seen here after {_SEEN_S:.0f} s")
+        together(self._raise, self._world, RunError)
+        self.is_committed = True
+
+    def leave(self) -> None:
+        """Wait for a while without asking the other ranks, which may be no more; for a process that ends."""
+        self._own.join(_LEAVE_S)
+        if self._world.is_first:
+            self._all.join(_LEAVE_S)
+        self._given_up.set()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            words = f"{type(self._error).__name__}: {self._error}"
+            raise RunError(f"{self._partial} cannot be written: {words}. Free space or go elsewhere") from self._error
+
+    def _write(self) -> None:
+        try:
+            files = {}
+            if self._columns:
+                name = f"shard-{self._world.rank + 1:05d}-of-{self._world.size:05d}.safetensors"
+                files[name] = write_file(self._partial / name, self._columns)
+            self._columns = {}
+            unnamed = self._partial / f"hashes-{self._world.rank:05d}"
+            write_json(unnamed, files)
+            unnamed.rename(unnamed.with_suffix(".json"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the ranks learn of it when they finish
+            self._error = error
+
+    def _commit(self) -> None:
+        """Once all have written; by waiting for their files, since a collective here would meet those of the training."""
+        try:
+            parts = [self._partial / f"hashes-{rank:05d}.json" for rank in range(self._world.size)]
+            while not all(part.exists() for part in parts):
+                if self._given_up.wait(_LOOK_S) or self._error is not None:
+                    return
+            files: dict[str, Any] = {}
+            for part in parts:
+                files |= json.loads(part.read_text())
+                part.unlink()
+            finish(self._partial, self._directory, files, self._shapes, self._state)
+            self.is_committed = True
+            if self._then is not None:
+                self._then()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._error = error
+
+
+def _own_columns(tensors: dict[str, torch.Tensor], world: World, copied: bool) -> dict[str, Column]:
+    """What this rank writes: its rows of what is cut by class, and its share of what every rank has."""
+    columns = {}
+    for number, (name, tensor) in enumerate(sorted(tensors.items())):
+        first_row = None
+        if isinstance(tensor, DTensor):
+            first_row, last_row = shard_bounds(tensor.shape[0], world.rank, world.size)
+            if first_row == last_row:
+                continue
+            tensor = tensor.to_local()
+        elif number % world.size != world.rank:
+            continue
+        columns[name] = Column.of_tensor(tensor.detach().to("cpu", copy=copied), first_row)
+    return columns
 
 
 def start(partial: Path) -> None:
@@ -177,20 +283,6 @@ def _first_words(words: str | None, world: World) -> str | None:
 def _first_failure(error: CheckpointException) -> str:
     cause = next(iter(error.failures.values()))[0]
     return f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
-
-
-def _write_hashes(partial: Path, world: World) -> None:
-    own = f"shard-{world.rank + 1:05d}-"
-    hashes = {path.name: _describe(path) for path in sorted(partial.glob(own + "*.safetensors"))}
-    write_json(partial / f"hashes-{world.rank:05d}.json", hashes)
-
-
-def _commit(partial: Path, directory: Path, shapes: dict[str, list[int]], state: dict[str, Any]) -> None:
-    files: dict[str, Any] = {}
-    for part in sorted(partial.glob("hashes-*.json")):
-        files |= json.loads(part.read_text())
-        part.unlink()
-    finish(partial, directory, files, shapes, state)
 
 
 def _check_hashes(directory: Path, world: World) -> None:

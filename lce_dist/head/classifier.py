@@ -20,20 +20,12 @@ import numpy.typing as npt
 import torch
 
 from lce_dist import storage
-from lce_dist.blocks import (
-    Array,
-    Column,
-    Progress,
-    StoredRows,
-    open_rows,
-    refuse_existing,
-    write_directory,
-    write_file,
-)
+from lce_dist.blocks import StoredRows, open_rows, refuse_existing, write_directory
 from lce_dist.errors import CheckpointError, DataError, RunError
 from lce_dist.head.identity import KEY, Keys, as_bytes, from_bytes, pack_keys
 from lce_dist.head.rows import ClassRows
 from lce_dist.head.tables import PlainTable
+from lce_dist.tensor_file import Array, Column, Progress, write_file
 from lce_dist.world import World
 
 FORMAT = "lce-dist-classifier"
@@ -318,7 +310,7 @@ def _places(keys_N: Keys, stored: StoredRows) -> npt.NDArray[np.int64]:
 
 def _column(stored: StoredRows, rows_N: npt.NDArray[np.int64] | None) -> Column:
     count = stored.shape[0] if rows_N is None else len(rows_N)
-    return Column(stored.dtype, (count, *stored.shape[1:]), stored.blocks(rows_N))
+    return Column.of_arrays(stored.dtype, (count, *stored.shape[1:]), stored.blocks(rows_N))
 
 
 def _appended(stored: StoredRows, width: int | None, new: Array) -> Column:
@@ -327,7 +319,7 @@ def _appended(stored: StoredRows, width: int | None, new: Array) -> Column:
             yield block if width is None else as_bytes(from_bytes(block), width)
         yield new
 
-    return Column(stored.dtype, (stored.shape[0] + len(new), *new.shape[1:]), blocks())
+    return Column.of_arrays(stored.dtype, (stored.shape[0] + len(new), *new.shape[1:]), blocks())
 
 
 def _at_median_length(rows_ND: torch.Tensor, stored: StoredRows) -> Array:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,46 @@ class Checkpoints:
         self.head = head
         self.identity_SL = identity_SL
         self.world = world
+        self._writing: storage.Writing | None = None
+        self._untold: list[tuple[int, storage.Writing]] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Commit the state after ``step`` updates; called by every rank."""
+        """Take a copy of the state after ``step`` updates and write it beside the training; called by every rank.
+
+        Waits for the one before. Errors: RunError, on every rank, where that one or the start of this one failed.
+        """
+        self.finish()
         self.engine.average_buffers()
-        storage.save(self._path(step), self._tensors(self.engine.tensors()), {"step": step, **state}, self.world)
-        if self.world.is_first:
-            for old in self._steps()[self.keep :]:
-                shutil.rmtree(self._path(old), ignore_errors=True)
+        tensors = self._tensors(self.engine.tensors())
+        self._writing = storage.Writing(
+            self._path(step), tensors, {"step": step, **state}, self.world, then=self._remove_old
+        )
+        self._untold.append((step, self._writing))
+
+    def finish(self) -> None:
+        """Wait until what ``save`` began is committed; called by every rank. Errors: RunError, on every rank."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.finish()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What ends the block early leaves time for what ``save`` began."""
+        try:
+            yield
+        finally:
+            if self._writing is not None:
+                self._writing.leave()
+
+    def committed(self) -> list[int]:
+        """Steps whose checkpoint was committed since the last call, as this rank knows: the first one at once."""
+        told = [step for step, writing in self._untold if writing.is_committed]
+        self._untold = [(step, writing) for step, writing in self._untold if not writing.is_committed]
+        return told
+
+    def _remove_old(self) -> None:
+        for old in self._steps()[self.keep :]:
+            shutil.rmtree(self._path(old), ignore_errors=True)
 
     def resume(self, fingerprint: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """Load the newest undamaged checkpoint and return its state; None when there is none.
@@ -50,6 +83,7 @@ class Checkpoints:
         Errors: CheckpointError, on every rank, when the newest one belongs to another config or to other
         identities; weights and rows are as they were.
         """
+        self.finish()
         for step in self._agreed_steps():
             path = self._path(step)
             reason = storage.damage(path, self.world)

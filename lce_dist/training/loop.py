@@ -132,7 +132,7 @@ def train_stage(
     requests, profile = Requests(stage.requests_in, world), StepProfile(stage.directory / "profiles", world)
     times = RankTimes(world)
     flight = FlightRecord(stage.directory / f"flight-{world.rank}.json", world.rank)
-    with _recorded(flight), batches_from(first_step) as batches:
+    with _recorded(flight), checkpoints.kept(), batches_from(first_step) as batches:
         for step in range(first_step, stage.total_steps):
             # dropout is the only consumer; the same stream whether or not the run was interrupted
             torch.manual_seed(_step_seed(stage.seed, step, world.rank))
@@ -204,7 +204,10 @@ def train_stage(
                         "mlflow_run_id": stage.mlflow_run_id,
                     },
                 )
-                report({"type": "checkpoint", "stage": stage.name, "step": done})
+                if ends or asked.save:
+                    checkpoints.finish()
+            for committed in checkpoints.committed():
+                report({"type": "checkpoint", "stage": stage.name, "step": committed})
             if asked.stop:
                 raise Interrupted(
                     f"stopped as asked after step {done} of {stage.total_steps} of the {stage.name} model, which is saved; the "

@@ -84,6 +84,7 @@ def saved(world: World, folder: str, name: str) -> None:
     for seed, value in enumerate(head.margin.state().values()):
         value.fill_(0.1 + seed)
     checkpoints.save(3, {"fingerprint": "print"})
+    checkpoints.finish()
 
 
 def resumed(world: World, folder: str, name: str) -> dict[str, torch.Tensor]:
@@ -194,7 +195,7 @@ def deleted_after_the_check(world: World, folder: str, what: str) -> Caught:
     return answer
 
 
-@pytest.mark.parametrize("what", ["shard-00001-model-00001-of-00001.safetensors", "manifest.json"])
+@pytest.mark.parametrize("what", ["shard-00001-of-00003.safetensors", "manifest.json"])
 def test_a_file_that_goes_after_the_check_is_one_error_on_every_rank(run_distributed, tmp_path, what):
     run_distributed(saved, 3, str(tmp_path), "fp32")
     answers = run_distributed(deleted_after_the_check, 2, str(tmp_path), what)
@@ -206,7 +207,7 @@ def deleted_during_the_load(world: World, folder: str) -> Caught:
 
     class Late(HuggingFaceStorageReader):
         def read_metadata(self):
-            (directory / "shard-00001-model-00001-of-00001.safetensors").unlink(missing_ok=True)
+            (directory / "shard-00001-of-00003.safetensors").unlink(missing_ok=True)
             barrier(world)
             return super().read_metadata()
 
@@ -222,7 +223,7 @@ def deleted_during_the_load(world: World, folder: str) -> Caught:
 def test_a_file_that_goes_while_it_is_read_is_an_error_and_not_rows_of_zeros(run_distributed, tmp_path):
     run_distributed(saved, 3, str(tmp_path), "fp32")
     answers = run_distributed(deleted_during_the_load, 2, str(tmp_path))
-    assert "shard-00001-model-00001-of-00001.safetensors is missing" in one_answer(answers, CheckpointError)
+    assert "shard-00001-of-00003.safetensors is missing" in one_answer(answers, CheckpointError)
 
 
 def trouble_of_one(world: World, folder: str, trouble: str) -> Caught:
@@ -341,7 +342,7 @@ def matching_refused(world: World, folder: str, dim: int) -> Caught:
 def test_a_spoiled_classifier_is_one_error_on_every_rank(run_distributed, tmp_path, size, spoil, says):
     folder = tmp_path / "classifier"
     run_distributed(classifier_saved, 3, str(folder), "fp32")
-    shard = folder / "shard-00003-model-00001-of-00001.safetensors"
+    shard = folder / "shard-00003-of-00003.safetensors"
     if spoil == "flip":
         content = bytearray(shard.read_bytes())
         content[-2] ^= 16

@@ -72,6 +72,7 @@ def train(
         losses.append(terms.total + COMPAT.align_weight * alignment.double())
         if folder is not None:
             checkpoints.save(step + 1, {"fingerprint": "print"})
+    checkpoints.finish()
     return {
         **{name: t for name, t in engine.tensors().items() if world.rank == 0},
         **{f"head.{name}": tensor.clone() for name, tensor in head.tensors().items()},
