@@ -44,9 +44,10 @@ from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import FrozenModel
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
-from lce_dist.training.loop import Report, Stage, Trained, train_stage
+from lce_dist.training.loop import POINTS_FILE, Report, Stage, Trained, train_stage
 from lce_dist.training.plan import plan_stage
 from lce_dist.training.step import Compatibility
+from lce_dist.training.step_log import points_after
 from lce_dist.world import World
 from pipelines.manifest import PackedDataset, View
 from pipelines.order import hash_ids
@@ -76,6 +77,7 @@ class Job:
     base_dir: Path  # what relative paths in the config are relative to
     with_independent: bool
     mlflow_run_ids: dict[str, str | None]
+    told_steps: dict[str, int]  # up to which step the driver has heard each stage's metrics
 
 
 def run_job(job: Job, world: World, report: Report) -> None:
@@ -266,7 +268,7 @@ def _network(
 ) -> nn.Module:
     """The trained network of one stage: loaded when finished before (or given), trained to its end otherwise."""
     config = job.config
-    directory = job.run_dir / name
+    directory, told_step = job.run_dir / name, job.told_steps.get(name, 0)
     seed = _seed_of(config, name)
     net = build_net(section.net, section.embedding_dim, config.data.image_size, seed)
     weights = directory / "model.safetensors"
@@ -279,6 +281,8 @@ def _network(
         load_weights(net, weights)
         if beside is not None:
             load_weights(beside, directory / "method.safetensors")
+        again = points_after(directory / POINTS_FILE, told_step) if world.is_first else []
+        report({"type": "points", "stage": name, "points": again})
         report({"type": "stage_skipped", "stage": name, "why": "finished before"})
     else:
         plan = plan_stage(config, len(view.sample_ids), len(view.identities), section.epochs, world.size)
@@ -295,6 +299,7 @@ def _network(
             view.identities[slice(*local_classes(plan.num_classes, world))],
             job.base_dir / config.head.start_from if name == "new" and config.head.start_from is not None else None,
             job.run_dir,
+            told_step,
         )
 
         @contextmanager
@@ -467,6 +472,7 @@ def worker_arguments(job: Job) -> dict[str, Any]:
         "base_dir": str(job.base_dir),
         "with_independent": job.with_independent,
         "mlflow_run_ids": job.mlflow_run_ids,
+        "told_steps": job.told_steps,
     }
 
 
@@ -482,4 +488,5 @@ def job_from_arguments(values: dict[str, Any]) -> Job:
         Path(values["base_dir"]),
         values["with_independent"],
         values["mlflow_run_ids"],
+        values["told_steps"],
     )

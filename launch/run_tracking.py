@@ -26,7 +26,10 @@ class RunTracking:
     def __init__(self, tracker: Tracker, run_dir: Path) -> None:
         self.tracker = tracker
         self._run_dir = run_dir
-        self._open_stages: set[str] = set()
+        # of an earlier driver: a stage that was never ended here may have been finished by workers that outlived it
+        heard = tracker.heard()
+        self.told_steps = {key: one.last_step for key, one in heard.items() if key != "parent"}
+        self._open_stages = {key for key, one in heard.items() if key != "parent" and not one.has_ended}
 
     def open(self, config: Config, prepared: Prepared, num_nodes: int, num_ranks: int) -> None:
         """Start, or go on with, the parent run: settings, data, the machine's load."""
@@ -76,6 +79,12 @@ class RunTracking:
         if kind == "stage_start":
             self.tracker.start_run(stage, stage, parent="parent")
             self._open_stages.add(stage)
+        elif kind == "points" and event["points"]:
+            if stage not in self._open_stages:
+                self.tracker.start_run(stage, stage, parent="parent")
+                self._open_stages.add(stage)
+            for point in event["points"]:
+                self.tracker.log_metrics(stage, point["metrics"], point["step"], point["time_ms"])
         elif kind == "metrics" and event["metrics"]:
             self.tracker.log_metrics(stage, event["metrics"], event["step"])
         elif kind == "profile":

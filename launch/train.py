@@ -139,6 +139,7 @@ def _run(
                     Path.cwd(),
                     options.with_independent,
                     tracking.tracker.run_ids(),
+                    tracking.told_steps,
                 )
                 for name in (SAVE_FILE, PROFILE_FILE):  # asked of an earlier driver
                     (run_dir / name).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ background thread hands the spool to :class:`~lce_dist.replay.Replayer`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -50,6 +51,14 @@ def tracking_uri(config: TrackingConfig, default_store: Path) -> str:
     return uri
 
 
+@dataclasses.dataclass(frozen=True)
+class Heard:
+    """Of one run: the last step that losses were logged at, and whether it was ended since it was started last."""
+
+    last_step: int
+    has_ended: bool
+
+
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -91,9 +100,10 @@ class Tracker:
         """Log parameters; one that MLflow holds with another value stays, and the new value becomes a tag."""
         self._add("params", key, params={name: str(value) for name, value in params.items()})
 
-    def log_metrics(self, key: str, metrics: dict[str, float], step: int) -> None:
-        """Log numbers at ``step``; names with a slash become sections in MLflow's page."""
-        self._add("metrics", key, step=int(step), metrics={name: float(value) for name, value in metrics.items()})
+    def log_metrics(self, key: str, metrics: dict[str, float], step: int, time_ms: int | None = None) -> None:
+        """Log numbers at ``step``, measured now or at ``time_ms``; names with a slash become sections in MLflow's page."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._add("metrics", key, step=int(step), metrics=values, **({} if time_ms is None else {"time_ms": time_ms}))
 
     def log_file(self, key: str, path: Path, artifact_folder: str | None = None) -> None:
         """Upload a file (or folder) later; it must stay where it is until then."""
@@ -185,6 +195,20 @@ class Tracker:
         return {
             key: self._replayer.cursor.runs.get(key) for key in sorted(self._keys | set(self._replayer.cursor.runs))
         }
+
+    def heard(self) -> dict[str, Heard]:
+        """What this folder's spool holds of each key, from earlier processes and this one."""
+        found: dict[str, Heard] = {}
+        for event, _ in self._spool.read_from(0):
+            kind, key = event.get("kind"), event.get("key")
+            before = found.get(str(key), Heard(0, False))
+            if kind == "start":
+                found[str(key)] = dataclasses.replace(before, has_ended=False)
+            elif kind == "end":
+                found[str(key)] = dataclasses.replace(before, has_ended=True)
+            elif kind == "metrics" and any(name.startswith("loss/") for name in event["metrics"]):
+                found[str(key)] = dataclasses.replace(before, last_step=max(before.last_step, event["step"]))
+        return found
 
     def pending(self) -> int:
         """How many events MLflow has not taken yet."""

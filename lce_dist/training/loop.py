@@ -31,9 +31,11 @@ from lce_dist.training.ranks import RankTimes, rank_metrics
 from lce_dist.training.requests import Asked, Requests
 from lce_dist.training.schedules import lr_at
 from lce_dist.training.step import Compatibility, LossTerms, train_step
+from lce_dist.training.step_log import IdsLog, PointsLog, points_after
 from lce_dist.world import World
 
 Report = Callable[[dict[str, Any]], None]
+POINTS_FILE = "points.jsonl"  # in a stage's directory
 BatchSource = Callable[[int], AbstractContextManager[Iterator[Batch]]]
 
 
@@ -43,6 +45,7 @@ class Stage:
 
     identities: the keys of this rank's classes, in their order. start_from: a classifier that gives rows to
     the identities that it knows. requests_in: where files ask to save, to end with Interrupted, to record a profile.
+    told_step: up to which step the driver has heard this stage's metrics; what was measured since is told again.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Stage:
     identities: tuple[str, ...]
     start_from: Path | None
     requests_in: Path | None = None
+    told_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,12 @@ def train_stage(
             "num_classes": stage.num_classes,
         }
     )
-    ids_log = _IdsLog(stage.directory / "batch_ids.tsv", first_step, hash_ids) if world.is_first else None
+    ids_log = points_log = None
+    if world.is_first:
+        again = points_after(stage.directory / POINTS_FILE, stage.told_step)
+        report({"type": "points", "stage": stage.name, "points": [one for one in again if one["step"] <= first_step]})
+        ids_log = IdsLog(stage.directory / "batch_ids.tsv", first_step, hash_ids)
+        points_log = PointsLog(stage.directory / POINTS_FILE, first_step)
     engine.net.train()
     meter = _Meter()
     requests, profile = Requests(stage.requests_in, world), StepProfile(stage.directory / "profiles", world)
@@ -178,6 +187,8 @@ def train_stage(
                 asked = requests.read()
                 if asked.profile_steps:
                     profile.start(asked.profile_steps)
+                if points_log is not None:
+                    points_log.write(done, time.time_ns() // 1_000_000, metrics)
                 remaining_s = (stage.total_steps - done) / max(1e-9, meter.steps_per_s(done - first_step))
                 report(
                     {
@@ -214,8 +225,9 @@ def train_stage(
                     "same command goes on from there"
                 )
     engine.average_buffers()
-    if ids_log is not None:
-        ids_log.close()
+    for log in (ids_log, points_log):
+        if log is not None:
+            log.close()
     head.settle(stage.total_steps)
     return Trained(meter.images_per_s, head, identity_SL)
 
@@ -285,25 +297,6 @@ class _Meter:
 
     def steps_per_s(self, steps: int) -> float:
         return steps / (time.perf_counter() - self._start)
-
-
-class _IdsLog:
-    """``step<TAB>rows<TAB>hash of the global batch's sample ids``: equal for every number of ranks."""
-
-    def __init__(self, path: Path, first_step: int, hash_ids: Callable[[np.ndarray], str]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.read_text().splitlines()[:first_step] if path.exists() else []
-        self._hash_ids = hash_ids
-        self._file = path.open("w", buffering=1)
-        self._file.writelines(line + "\n" for line in kept)
-
-    def write(self, step: int, ids: np.ndarray) -> str:
-        hashed = self._hash_ids(ids)
-        self._file.write(f"{step}\t{len(ids)}\t{hashed}\n")
-        return hashed
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _metrics(terms: LossTerms, lr: float, net_norm: float, meter: _Meter) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mlflow.tracking import MlflowClient
 from PIL import Image
 
 from pipelines.synthetic import draw_photo
@@ -98,6 +99,13 @@ class Workplace:
             if event["kind"] == "metrics" and event["key"] == stage and "loss/total" in event["metrics"]:
                 points[event["step"]] = event["metrics"]["loss/total"]
         return points
+
+    def points(self, name: str, stage: str, every: int) -> list[tuple[int, float]]:
+        """(step, loss) of each point that MLflow holds, where ``every`` divides the step."""
+        runs = json.loads((self.folder / "runs" / name / "tracking.json").read_text())["runs"]
+        client = MlflowClient(f"sqlite:///{self.folder}/runs/mlflow.db")
+        history = client.get_metric_history(runs[stage], "loss/total")
+        return sorted((point.step, point.value) for point in history if point.step % every == 0)
 
 
 @pytest.fixture(scope="session")

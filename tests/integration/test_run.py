@@ -43,7 +43,7 @@ def test_checkpoints_were_looked_at_beside_the_training(workplace: Workplace, un
     # the last checkpoint is the model that was evaluated at the end: the same numbers over the same images
     config = parse_config(json.loads((run / "resolved.json").read_text()), "resolved", json_mode=True)
     (data,) = (workplace.folder / "runs" / ".cache").glob("faces-*")
-    job = Job(config, data, run, run.parent / ".cache", "f", "e", workplace.folder, True, {})
+    job = Job(config, data, run, run.parent / ".cache", "f", "e", workplace.folder, True, {}, {})
     steps = sorted(int(path.name[5:]) for path in (run / "new" / "checkpoints").glob("step-*"))
     last, report = look(job, steps[-1]), workplace.report("small")
     assert last is not None and last.step == steps[-1]
@@ -164,6 +164,9 @@ def test_killed_worker_then_killed_driver_ends_with_the_same_report(workplace: W
         assert disturbed[key] == clean[key], key
     for stage in ("old", "new"):
         assert workplace.batch_ids("killed", stage) == workplace.batch_ids("small", stage)
+        # nothing missing, nothing double; an attempt's first step is a point of its own
+        told = {name: workplace.points(name, stage, every=10) for name in ("small", "killed")}
+        assert told["killed"] == told["small"] and len(told["small"]) >= 2
     weights = [
         load_file(workplace.folder / "runs" / name / "new" / "model.safetensors") for name in ("small", "killed")
     ]

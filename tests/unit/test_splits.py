@@ -285,7 +285,7 @@ def test_a_run_evaluates_who_is_held_out(faces: PackedDataset, place: Path, tmp_
     compat = {"mode": "mapping-forward", "bridge": "least_squares"}
     config = config_of(faces, place / scenario / "split.json", compat=compat, **networks)
     (tmp_path / "run").mkdir()
-    job = Job(config, faces.directory, tmp_path / "run", tmp_path, "f" * 16, "e" * 16, Path(), False, {})
+    job = Job(config, faces.directory, tmp_path / "run", tmp_path, "f" * 16, "e" * 16, Path(), False, {}, {})
     run_job(job, World(device=torch.device("cpu")), lambda event: None)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     held = open_parts(config.data, Path(), faces).view("heldout")

@@ -201,6 +201,7 @@ def report_of(place: Place, name: str, old: dict[str, str]) -> dict:
         place.folder,
         False,
         {},
+        {},
     )
     run_job(job, World(), lambda event: None)
     report: dict = json.loads((run_dir / "report.json").read_text())
