@@ -76,8 +76,8 @@ def look(job: Job, step: int) -> Look | None:
     except (CheckpointError, OSError):
         return None
     net.eval().requires_grad_(False)
-    dataset = PackedDataset.open(job.data_dir, cache_settings(job.config))
-    parts = open_parts(config.data, job.base_dir, dataset)
+    dataset = PackedDataset.open(job.data_dir, cache_settings(job.config), job.cache_dir)
+    parts = open_parts(config.data, job.base_dir, dataset, job.cache_dir)
     test = _some(parts.view("heldout"), config.run.seed, config.checkpoint.evaluate_images)
     new = _set(job, "new", net, config.new.embedding_dim, test, alone)
     old = _old_set(job, dataset, test, alone, "test")
@@ -136,7 +136,7 @@ def _warning(before: list[dict[str, Any]], step: int, new_old: float) -> str | N
 
 
 def _some(view: View, seed: int, most_images: int) -> View:
-    return view.dataset.select(some_identities(view, seed, most_images) or view.identities[:2])
+    return some_identities(view, seed, most_images)
 
 
 def _set(job: Job, name: str, net: OldModel, dim: int, view: View, world: World) -> EmbeddingSet:

@@ -27,12 +27,12 @@ MOST_PAIRS = 200_000  # images whose vectors a map is fitted to; more do not cha
 Passes = Callable[[], Iterable[EmbeddedRows]]
 
 
-def some_identities(view: View, seed: int, most_images: int = MOST_PAIRS) -> tuple[str, ...]:
-    """Identities of at most ``most_images`` images, drawn with a seed; all of them where they fit."""
-    count_C = np.bincount(view.labels, minlength=len(view.identities))
-    order_C = np.random.default_rng(seed).permutation(len(view.identities))
-    fits = np.cumsum(count_C[order_C]) <= most_images
-    return tuple(view.identities[number] for number in order_C[fits])
+def some_identities(view: View, seed: int, most_images: int = MOST_PAIRS) -> View:
+    """Identities of at most ``most_images`` images, drawn with a seed; two of them where none fits."""
+    order_C = np.random.default_rng(seed).permutation(view.num_classes)
+    fits = np.cumsum(view.count_C[order_C]) <= most_images
+    chosen = order_C[fits] if bool(fits.any()) else np.arange(min(2, view.num_classes))
+    return view.dataset.select_labels(view.class_C[chosen])
 
 
 def bridge_stage(

@@ -115,7 +115,7 @@ def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrad
         raise ConfigError(f"{resolved} is damaged ({error}); run the same command again") from None
     config = parse_config(values, str(resolved), json_mode=True)
     dataset = prepare_data(config.data, directory.parent / ".cache", progress, cache_settings(config))
-    return _Upgrade(directory, config, dataset, open_parts(config.data, Path(), dataset).identities)
+    return _Upgrade(directory, config, dataset, open_parts(config.data, Path(), dataset, None).identities)
 
 
 def generations_of(upgrades: Sequence[_Upgrade], far: float, progress: Callable[[str, int, int], None]) -> Generations:

@@ -83,8 +83,8 @@ class Job:
 def run_job(job: Job, world: World, report: Report) -> None:
     """Train old, measure its space, train new (and independent), evaluate, write the report."""
     config = job.config
-    dataset = PackedDataset.open(job.data_dir, cache_settings(config))
-    parts = open_parts(config.data, job.base_dir, dataset)
+    dataset = PackedDataset.open(job.data_dir, cache_settings(config), job.cache_dir)
+    parts = open_parts(config.data, job.base_dir, dataset, job.cache_dir)
     old_view, train_view, test_view = parts.view("old"), parts.view("train"), parts.view("heldout")
 
     if config.new.weights is None:
@@ -109,7 +109,7 @@ def run_job(job: Job, world: World, report: Report) -> None:
     nets = {"old": (old, config.old.embedding_dim), "new": (new, config.new.embedding_dim)}
     bridge = None
     if config.compat.maps_only or config.compat.manner != "direct":
-        some = dataset.select(some_identities(train_view, config.run.seed))
+        some = some_identities(train_view, config.run.seed)
         bridge = bridge_stage(
             job.run_dir / "bridge",
             config.compat,
@@ -198,7 +198,7 @@ def _rotated(
     old, old_dim = nets["old"]
     if isinstance(old, StoredOld) and old.by == "identity":
         return {}
-    some = view.dataset.select(some_identities(view, job.config.run.seed, _ROTATION_IMAGES))
+    some = some_identities(view, job.config.run.seed, _ROTATION_IMAGES)
     cells = {}
     for name in ("new", "independent"):
         if name in nets:
@@ -401,7 +401,7 @@ def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report
     state["image_size"] = config.data.image_size
     seen_S = None
     if compat.seen_only:
-        seen = set(open_parts(config.data, job.base_dir, view.dataset).identities.old)
+        seen = set(open_parts(config.data, job.base_dir, view.dataset, job.cache_dir).identities.old)
         state["seen"] = hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest()
         seen_S = torch.tensor([key in seen for key in view.identities[first:last]], device=world.device)
     name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,10 +9,12 @@ from typing import Literal
 from lce_dist.config import Config, DataConfig
 from lce_dist.errors import ConfigError
 from pipelines.cache import CacheSettings
-from pipelines.manifest import IdentitySplit, PackedDataset, View, split_identities
+from pipelines.identities import Chosen
+from pipelines.manifest import Choice, IdentitySplit, PackedDataset, View, split_identities
 from pipelines.order import BlockOrder, EpochOrder, Order
 from pipelines.sampling import BalancedOrder, ImagesOfClasses, PKOrder
 from pipelines.splits import OpenSplit, open_split, select_samples
+from pipelines.views import stored_split, stored_view
 
 Part = Literal["old", "train", "heldout"]
 
@@ -22,17 +24,29 @@ class Parts:
     """The identities of each part and, where a split names single images, those.
 
     ``train`` is what the new model sees; with a split the old model's identities need not be among them.
+    drawn_by: what the split depends on beside the data set. cache: where lists are kept; None: nowhere.
     """
 
     dataset: PackedDataset
     identities: IdentitySplit
     by_samples: OpenSplit | None
+    drawn_by: tuple[object, ...]
+    cache: Path | None
 
     def view(self, part: Part) -> View:
         """The images that the old model, the new one, or neither is trained on."""
-        if self.by_samples is None:
-            return self.dataset.select(getattr(self.identities, part))
-        return select_samples(self.dataset, self.by_samples.split.part("new" if part == "train" else part))
+
+        def make() -> Choice | View:
+            if self.by_samples is not None:
+                return select_samples(self.dataset, self.by_samples.split.part("new" if part == "train" else part))
+            keys = getattr(self.identities, part)
+            assert isinstance(keys, Chosen), "drawn from the data set's identities"
+            return self.dataset.choose(keys.place_C)
+
+        if self.cache is not None:
+            return stored_view(self.cache, (*self.drawn_by, part), self.dataset, make)
+        made = make()
+        return made if isinstance(made, View) else made.view()
 
     @property
     def fingerprint(self) -> str | None:
@@ -40,13 +54,21 @@ class Parts:
         return None if self.by_samples is None else self.by_samples.fingerprint
 
 
-def open_parts(data: DataConfig, base_dir: Path, dataset: PackedDataset) -> Parts:
-    """Errors: DataError for too few identities, and for a split that is damaged or of another data set."""
+def open_parts(data: DataConfig, base_dir: Path, dataset: PackedDataset, cache: Path | None) -> Parts:
+    """Errors: DataError for too few identities, and for a split that is damaged or of another data set.
+
+    cache: a folder where lists of identities and samples are kept for the next process that asks, and mapped from.
+    """
     if data.split is not None:
         found = open_split(base_dir / data.split, dataset)
-        return Parts(dataset, found.identities, found)
-    people = split_identities(dataset.identities, data.heldout_identities, data.old_identities, data.split_seed)
-    return Parts(dataset, people, None)
+        return Parts(dataset, found.identities, found, (found.fingerprint,), cache)
+    drawn_by = (data.heldout_identities, data.old_identities, data.split_seed)
+
+    def draw() -> IdentitySplit:
+        return split_identities(dataset.identities, *drawn_by)
+
+    people = draw() if cache is None else stored_split(cache, drawn_by, dataset, draw)
+    return Parts(dataset, people, None, drawn_by, cache)
 
 
 def cache_settings(config: Config) -> CacheSettings:

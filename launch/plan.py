@@ -110,7 +110,7 @@ def _counted(config: Config) -> tuple[int, int]:
             "give --classes and --images, or pack it with 'lce data pack'"
         )
     dataset = PackedDataset.open(directory)
-    view = open_parts(data, Path(), dataset).view("train")
+    view = open_parts(data, Path(), dataset, None).view("train")
     return view.num_classes, view.num_samples
 
 

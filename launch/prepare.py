@@ -79,9 +79,9 @@ def prepare_data(
     """
     if config.shards is not None:
         if not is_url(config.shards):
-            return PackedDataset.open(Path(config.shards), shards)
+            return PackedDataset.open(Path(config.shards), shards, cache)
         with _one_at_a_time(cache):
-            return PackedDataset.open(fetch_description(config.shards, cache), shards)
+            return PackedDataset.open(fetch_description(config.shards, cache), shards, cache)
     if config.images is not None:
         source = Path(config.images)
         out = cache / f"images-{source_fingerprint(source)}"
@@ -149,7 +149,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             old_weights = open_stored(vectors, dataset, config.old.embedding_dim, cache).fingerprint
         else:
             check_against_vectors(old_model, vectors, dataset, config.data.image_size, cache)
-    parts = open_parts(config.data, Path(), dataset)
+    parts = open_parts(config.data, Path(), dataset, cache)
     heldout = parts.view("heldout")
     heldout_attributes(config, Path(), dataset, heldout.sample_ids)
     if config.evaluation.pairs and config.old.weights is None and config.old.vectors is not None:
@@ -158,7 +158,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             "(old.vectors). Remove it, or give the old model itself (old.weights)"
         )
     pair_sets = open_pair_sets(config.evaluation.pairs, Path(), cache, progress)
-    if np.bincount(heldout.labels).max() < 2:
+    if heldout.count_C.max() < 2:
         raise DataError(
             f"none of the {heldout.num_classes} held-out identities has 2 images; evaluation compares images of one "
             "identity. Raise data.heldout_identities, change data.split_seed, or bring more images"

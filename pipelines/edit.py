@@ -526,7 +526,13 @@ def _carry(dataset: PackedDataset, new: Path, stale: set[str], gone: _Gone) -> t
     """Files beside the data set come along: lists that importing left without who is gone, others, whose names are returned,
     as they are.
     """
-    own = {packed.MANIFEST_FILE, packed.INDEX_FILE, packed.IDENTITIES_FILE, packed.NAMES_FILE, packed.QUARANTINE_FILE}
+    own = {
+        packed.MANIFEST_FILE,
+        packed.INDEX_FILE,
+        packed.IDENTITIES_FILE,
+        packed.NAMES_FILE,
+        packed.QUARANTINE_FILE,
+    }
     own |= {record.file for record in dataset.manifest.shards} | stale
     others = []
     for place in sorted(dataset.directory.iterdir()):

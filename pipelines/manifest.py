@@ -8,7 +8,8 @@
     DIR/quarantine.json      samples that are not used, and why; optional, written by ``lce data verify``
 
 Shards may lie elsewhere (``root``: a folder or a URL). Everything is checked once, in :meth:`PackedDataset.open`; what
-reads samples later trusts it.
+reads samples later trusts it. Index and identities stay on the disk: a hundred million samples of ten million identities
+cost what is touched of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from lce_dist.errors import DataError
 from pipelines.cache import DEFAULT_CACHE, CacheSettings, RemoteShard, ShardCache
-from pipelines.order import Int64Array
+from pipelines.checked import default_cache, recall, remember
+from pipelines.identities import Chosen, Identities, first_unsorted, line_starts
+from pipelines.order import Int64Array, UInt64Array
 from pipelines.sources import Source
 
 FORMAT, VERSION = "lce-dist-shards", 1
@@ -38,7 +41,7 @@ NAMES_FILE, QUARANTINE_FILE = "names.npy", "quarantine.json"
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i8")])
 
 _TAR_BLOCK_BYTES = 512
-_CHECK_ROWS = 1 << 20  # index rows checked at a time, so that opening 40 million samples needs no gigabytes
+_PIECE_ROWS = 1 << 20  # index rows looked at together, so that a hundred million samples need no gigabytes
 
 
 def _below_its_root(file: str) -> str:
@@ -93,13 +96,15 @@ class Manifest(_Record):
 class View:
     """Some identities of a packed data set, with labels 0 .. C-1 in the sorted order of their keys.
 
-    sample_ids (N,): rows of the packed data set, ascending; labels (N,); identities: the C keys.
+    sample_ids (N,): rows of the packed data set, ascending; labels (N,); count_C (C,): images of each label;
+    class_C (C,): labels of the packed data set. All may be mapped from disk. fingerprint: 64 hex digits over all of it.
     """
 
     dataset: PackedDataset
     sample_ids: Int64Array
     labels: Int64Array
-    identities: tuple[str, ...]
+    count_C: Int64Array
+    class_C: Int64Array
     fingerprint: str
 
     @property
@@ -108,7 +113,12 @@ class View:
 
     @property
     def num_classes(self) -> int:
-        return len(self.identities)
+        return len(self.class_C)
+
+    @property
+    def identities(self) -> Chosen:
+        """The C keys, read where they are asked for."""
+        return Chosen(self.dataset.identities, self.class_C)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,16 +128,17 @@ class PackedDataset:
     directory: Path
     manifest: Manifest
     index: npt.NDArray[np.void]
-    identities: tuple[str, ...]
+    identities: Identities
     name_hash_N2: npt.NDArray[np.uint64] | None  # keys.hash_keys of each sample's name in what was packed
     quarantined: Int64Array = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # rising; not in any view
     cache_settings: CacheSettings = DEFAULT_CACHE
 
     @classmethod
-    def open(cls, directory: Path, cache: CacheSettings = DEFAULT_CACHE) -> PackedDataset:
+    def open(cls, directory: Path, cache: CacheSettings = DEFAULT_CACHE, checked: Path | None = None) -> PackedDataset:
         """Open and check a packed data set; shard contents are not read (see :func:`verify_checksums`).
 
-        cache: where shards that lie at a URL are kept when they are read.
+        cache: where shards that lie at a URL are kept when they are read. checked: a folder in which it is kept that the data
+        set was found whole, so that the next process need not look again; None: the user's cache.
 
         Errors: DataError naming the file, its value, the rule and the fix.
         """
@@ -135,10 +146,15 @@ class PackedDataset:
         if not is_url(manifest.root):
             for shard in manifest.shards:
                 _check_shard_size(directory / (manifest.root or ""), shard)
-        _check_hash(directory / INDEX_FILE, manifest.index_sha256)
-        _check_hash(directory / IDENTITIES_FILE, manifest.identities_sha256)
-        # Not splitlines(): it would also split at characters that a key may hold, such as U+2028.
-        identities = tuple((directory / IDENTITIES_FILE).read_bytes().decode("utf-8").split("\n")[:-1])
+        files = [INDEX_FILE, IDENTITIES_FILE, *([NAMES_FILE] if manifest.names_sha256 is not None else [])]
+        known = recall(checked or default_cache(), directory, manifest.fingerprint, files)
+        if known is None:
+            _check_hash(directory / INDEX_FILE, manifest.index_sha256)
+            _check_hash(directory / IDENTITIES_FILE, manifest.identities_sha256)
+            if manifest.names_sha256 is not None:
+                _check_hash(directory / NAMES_FILE, manifest.names_sha256)
+        starts = line_starts(directory / IDENTITIES_FILE) if known is None else known
+        identities = Identities(directory / IDENTITIES_FILE, starts)
         index = _map_index(directory / INDEX_FILE)
         if len(identities) != manifest.num_identities or len(index) != manifest.num_samples:
             raise DataError(
@@ -146,8 +162,12 @@ class PackedDataset:
                 f"identities; {INDEX_FILE} has {len(index)} rows and {IDENTITIES_FILE} {len(identities)} lines. "
                 "Pack the data set again"
             )
-        _check_rows(directory / INDEX_FILE, index, manifest.shards, identities)
+        if known is None:
+            _check_identities(directory / IDENTITIES_FILE, identities)
+            _check_rows(directory / INDEX_FILE, manifest.shards, identities)
         names = _map_names(directory / NAMES_FILE, manifest)
+        if known is None:
+            remember(checked or default_cache(), directory, manifest.fingerprint, files, identities.start_C)
         quarantined = np.array([one.sample for one in read_quarantine(directory, len(index))], dtype=np.int64)
         return cls(directory, manifest, index, identities, names, np.unique(quarantined), cache)
 
@@ -212,65 +232,145 @@ class PackedDataset:
         Quarantined samples are left out, and identities that have no others.
         Errors: DataError for an unknown or repeated key, or none at all.
         """
-        keys = tuple(sorted(identity_keys))
-        if not keys:
+        keys = tuple(identity_keys)
+        labels = self.identities.labels_of(keys)
+        unknown = np.flatnonzero(labels < 0)
+        if unknown.size:
+            raise DataError(
+                f"{self.directory} has no identity {keys[int(unknown[0])]!r} (it has {len(self.identities)} others)"
+            )
+        return self.select_labels(labels)
+
+    def select_labels(self, label_C: Int64Array) -> View:
+        """``select`` by labels of this data set."""
+        return self.choose(label_C).view()
+
+    def choose(self, label_C: Int64Array) -> Choice:
+        """What a view of some labels will hold, before its samples are listed. Errors: as ``select``."""
+        if not len(label_C):
             raise DataError(f"{self.directory}: no identity was selected; a view needs at least 1")
-        label_of = {key: label for label, key in enumerate(self.identities)}
-        new_labels = np.full(len(self.identities), -1, dtype=np.int64)
-        for new_label, key in enumerate(keys):
-            if key not in label_of:
-                raise DataError(f"{self.directory} has no identity {key!r} (it has {len(self.identities)} others)")
-            if new_labels[label_of[key]] >= 0:
-                raise DataError(f"identity {key!r} was selected twice; name each once")
-            new_labels[label_of[key]] = new_label
-        labels = new_labels[self.index["label"]]
-        if len(self.quarantined):
-            labels[self.quarantined] = -1
-            kept = np.bincount(labels[labels >= 0], minlength=len(keys)) > 0
-            keys = tuple(key for key, is_kept in zip(keys, kept.tolist(), strict=True) if is_kept)
-            if not keys:
+        class_C = np.sort(label_C)
+        repeated = np.flatnonzero(class_C[1:] == class_C[:-1])
+        if repeated.size:
+            raise DataError(
+                f"identity {self.identities[int(class_C[repeated[0]])]!r} was selected twice; name each once"
+            )
+        counts = self.images_per_label()[class_C]
+        if not bool(np.all(counts)):
+            class_C, counts = class_C[counts > 0], counts[counts > 0]
+            if not len(class_C):
                 raise DataError(
                     f"{self.directory}: {QUARANTINE_FILE} leaves no sample of those identities; look at its reasons"
                 )
-            labels = np.append(np.cumsum(kept) - 1, -1)[labels]
-        sample_ids = np.flatnonzero(labels >= 0).astype(np.int64)
-        digest = hashlib.sha256("\n".join((self.fingerprint_in_use, *keys)).encode()).hexdigest()
-        return View(self, sample_ids, labels[sample_ids], keys, digest)
+        return Choice(self, class_C, counts)
+
+    def images_per_label(self) -> Int64Array:
+        """(C,) without quarantined samples."""
+        counts = np.zeros(len(self.identities), dtype=np.int64)
+        for _, rows in index_pieces(self.directory / INDEX_FILE):
+            counts += np.bincount(rows["label"], minlength=len(counts))
+        if len(self.quarantined):
+            counts -= np.bincount(self.index["label"][self.quarantined], minlength=len(counts))
+        return counts
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Labels of a packed data set in the sorted order of their keys, and how many samples of each are in use."""
+
+    dataset: PackedDataset
+    class_C: Int64Array
+    count_C: Int64Array
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.dataset.fingerprint_in_use.encode())
+        for key in Chosen(self.dataset.identities, self.class_C):
+            digest.update(b"\n" + key.encode())
+        return digest.hexdigest()
+
+    def view(self) -> View:
+        """**Memory**: 16 bytes a sample of the view, 16 an identity of the data set."""
+        parts = [*self.pieces()]
+        ids, labels = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
+        return View(self.dataset, ids, labels, self.count_C, self.class_C, self.fingerprint)
+
+    def pieces(self) -> Iterator[tuple[Int64Array, Int64Array]]:
+        """Sample ids, rising, and their new labels, a part of the index at a time."""
+        dataset = self.dataset
+        new_label = np.full(len(dataset.identities), -1, dtype=np.int64)
+        new_label[self.class_C] = np.arange(len(self.class_C))
+        for first, rows in index_pieces(dataset.directory / INDEX_FILE):
+            labels = new_label[rows["label"]]
+            low, high = np.searchsorted(dataset.quarantined, (first, first + len(rows)))
+            labels[dataset.quarantined[low:high] - first] = -1
+            here = np.flatnonzero(labels >= 0)
+            yield here + first, labels[here]
+
+
+def index_pieces(path: Path) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
+    """The first row's number and the rows, a part at a time; read, not mapped: what was passed takes no memory."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        shape, _, _ = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )(file)
+        for first in range(0, shape[0], _PIECE_ROWS):
+            yield first, np.fromfile(file, INDEX_DTYPE, min(_PIECE_ROWS, shape[0] - first))
 
 
 @dataclass(frozen=True)
 class IdentitySplit:
-    """Who trains and who is tested: ``heldout`` shares nobody with ``train``; ``old`` is a part of ``train``."""
+    """Who trains and who is tested: ``heldout`` shares nobody with ``train``; ``old`` is a part of ``train``.
 
-    train: tuple[str, ...]
-    old: tuple[str, ...]
-    heldout: tuple[str, ...]
+    Keys in their sorted order.
+    """
+
+    train: Sequence[str]
+    old: Sequence[str]
+    heldout: Sequence[str]
 
 
-def split_identities(identities: Iterable[str], heldout: int, old_fraction: float, seed: int) -> IdentitySplit:
+def split_identities(identities: Sequence[str], heldout: int, old_fraction: float, seed: int) -> IdentitySplit:
     """Split identity keys by a seeded hash of each key, so that the order of the input does not matter.
 
     Errors: DataError when train, old or heldout would hold fewer than 2 identities.
+    **Memory**: 40 bytes an identity where they are :class:`Identities`.
     """
-    keys = sorted(identities)
-    if len(set(keys)) != len(keys):
-        repeated = next(key for key, following in itertools.pairwise(keys) if key == following)
-        raise DataError(f"identity {repeated!r} appears twice; keys must be unique")
+    keys = identities if isinstance(identities, Identities) else sorted(identities)
+    if not isinstance(keys, Identities) and (place := first_unsorted(keys)) is not None:
+        raise DataError(f"identity {keys[place]!r} appears twice; keys must be unique")
     if heldout < 2 or len(keys) - heldout < 2:
         raise DataError(
             f"data.heldout_identities is {heldout} of {len(keys)} identities; must leave at least 2 on each side "
             f"(2 to {len(keys) - 2}). Lower it or bring more identities"
         )
-    by_chance = sorted(keys, key=lambda key: _keyed_hash(seed, "heldout", key))
-    train = sorted(by_chance[heldout:])
+    by_chance = np.lexsort(_keyed_hashes(seed, "heldout", keys))
+    train = np.sort(by_chance[heldout:])
     num_old = round(old_fraction * len(train))
     if not 2 <= num_old <= len(train):
         raise DataError(
             f"data.old_identities is {old_fraction} of {len(train)} training identities = {num_old}; must give "
             f"2 to {len(train)}. Use {2 / len(train):.3g} or more, up to 1"
         )
-    old = sorted(sorted(train, key=lambda key: _keyed_hash(seed, "old", key))[:num_old])
-    return IdentitySplit(tuple(train), tuple(old), tuple(sorted(by_chance[:heldout])))
+    first = np.lexsort(_keyed_hashes(seed, "old", Chosen(keys, train)))[:num_old]
+    places = (train, train[np.sort(first)], np.sort(by_chance[:heldout]))
+    return IdentitySplit(*(Chosen(keys, place) for place in places))
+
+
+def _keyed_hashes(seed: int, purpose: str, keys: Sequence[str]) -> tuple[UInt64Array, UInt64Array]:
+    """The lower and the higher halves of a 128-bit hash of each key."""
+    halves = np.empty((len(keys), 2), dtype=">u8")
+    seeded = hashlib.blake2b(f"{seed}\0{purpose}\0".encode(), digest_size=16)
+    each = iter(keys)
+    for first in range(0, len(keys), _PIECE_ROWS):
+        digests = []
+        for key in itertools.islice(each, _PIECE_ROWS):
+            digest = seeded.copy()
+            digest.update(key.encode())
+            digests.append(digest.digest())
+        halves[first : first + len(digests)] = np.frombuffer(b"".join(digests), dtype=">u8").reshape(-1, 2)
+    return halves[:, 1].astype(np.uint64), halves[:, 0].astype(np.uint64)
 
 
 def is_url(root: str | None) -> bool:
@@ -413,10 +513,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _keyed_hash(seed: int, purpose: str, key: str) -> bytes:
-    return hashlib.blake2b(f"{seed}\0{purpose}\0{key}".encode(), digest_size=16).digest()
-
-
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
     if not directory.is_dir():
@@ -488,7 +584,6 @@ def _map_index(path: Path) -> npt.NDArray[np.void]:
 def _map_names(path: Path, manifest: Manifest) -> npt.NDArray[np.uint64] | None:
     if manifest.names_sha256 is None:
         return None
-    _check_hash(path, manifest.names_sha256)
     try:
         names_N2: npt.NDArray[np.uint64] = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
@@ -501,13 +596,22 @@ def _map_names(path: Path, manifest: Manifest) -> npt.NDArray[np.uint64] | None:
     return names_N2
 
 
-def _check_rows(
-    path: Path, index: npt.NDArray[np.void], shards: Sequence[ShardRecord], identities: Sequence[str]
-) -> None:
+def _check_identities(path: Path, identities: Identities) -> None:
+    try:
+        place = first_unsorted(identities)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 ({error.reason}); pack the data set again") from None
+    if place is not None:
+        raise DataError(
+            f"{path}: line {place + 1} is not above line {place}; identity keys must be sorted and unique. Pack the data set "
+            "again"
+        )
+
+
+def _check_rows(path: Path, shards: Sequence[ShardRecord], identities: Sequence[str]) -> None:
     shard_bytes = np.array([shard.size_bytes for shard in shards], dtype=np.int64)
     images_per_label = np.zeros(len(identities), dtype=np.int64)
-    for first in range(0, len(index), _CHECK_ROWS):
-        rows = index[first : first + _CHECK_ROWS]
+    for first, rows in index_pieces(path):
         _refuse_first(path, first, rows["label"], (0, len(identities) - 1), "label")
         _refuse_first(path, first, rows["shard"], (0, len(shards) - 1), "shard")
         _refuse_first(path, first, rows["size"], (1, 2**31 - 1), "size")

@@ -233,14 +233,13 @@ def select_samples(dataset: PackedDataset, sample_ids: Int64Array) -> View:
         ids = ids[~np.isin(ids, dataset.quarantined, assume_unique=True)]
     if not len(ids):
         raise DataError(f"{dataset.directory}: no sample is left of a list; it is empty or all of it is in quarantine")
-    labels, places = np.unique(dataset.index["label"][ids], return_inverse=True)
-    keys = [dataset.identities[int(label)] for label in labels]
-    by_key = sorted(range(len(keys)), key=keys.__getitem__)
-    rank = np.empty(len(keys), dtype=np.int64)
-    rank[by_key] = np.arange(len(keys))
-    ordered = tuple(keys[place] for place in by_key)
+    labels = dataset.index["label"][ids]
+    counts = np.bincount(labels, minlength=len(dataset.identities))
+    class_C = np.flatnonzero(counts)
+    new_label = np.empty(len(counts), dtype=np.int64)
+    new_label[class_C] = np.arange(len(class_C))
     digest = hashlib.sha256(f"{dataset.fingerprint}\nsamples {hashlib.sha256(ids.tobytes()).hexdigest()}".encode())
-    return View(dataset, ids, rank[places], ordered, digest.hexdigest())
+    return View(dataset, ids, new_label[labels], counts[class_C], class_C, digest.hexdigest())
 
 
 _NOBODY, _TRAIN, _OLD, _HELDOUT = range(4)

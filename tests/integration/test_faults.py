@@ -103,7 +103,7 @@ def test_a_worker_hangs_a_node_is_lost_and_another_comes(workplace: Workplace, n
         process.kill()
         process.wait()
     data = PackedDataset.open(next((workplace.folder / "runs" / ".cache").glob("faces-*/manifest.json")).parent)
-    view = open_parts(config.data, Path(), data).view("train")
+    view = open_parts(config.data, Path(), data, None).view("train")
     order = training_order(config, view, _seed_of(config, "new"))
     lines = log.read_text().splitlines()
     assert len(lines) > 150

@@ -288,6 +288,6 @@ def test_a_run_evaluates_who_is_held_out(faces: PackedDataset, place: Path, tmp_
     job = Job(config, faces.directory, tmp_path / "run", tmp_path, "f" * 16, "e" * 16, Path(), False, {}, {})
     run_job(job, World(device=torch.device("cpu")), lambda event: None)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    held = open_parts(config.data, Path(), faces).view("heldout")
+    held = open_parts(config.data, Path(), faces, None).view("heldout")
     same = held.labels[:, None] == held.labels[None, :]
     assert report["new_new"]["num_genuine"] == int(same.sum()) - held.num_samples > 0
