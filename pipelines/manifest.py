@@ -41,6 +41,7 @@ NAMES_FILE, QUARANTINE_FILE = "names.npy", "quarantine.json"
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i8")])
 
 _TAR_BLOCK_BYTES = 512
+_LARGE_SAMPLES = 1 << 20  # below that a check takes a moment, and nothing is kept of it
 _PIECE_ROWS = 1 << 20  # index rows looked at together, so that a hundred million samples need no gigabytes
 
 
@@ -147,7 +148,9 @@ class PackedDataset:
             for shard in manifest.shards:
                 _check_shard_size(directory / (manifest.root or ""), shard)
         files = [INDEX_FILE, IDENTITIES_FILE, *([NAMES_FILE] if manifest.names_sha256 is not None else [])]
-        known = recall(checked or default_cache(), directory, manifest.fingerprint, files)
+        checked = checked or default_cache()
+        is_large = manifest.num_samples >= _LARGE_SAMPLES
+        known = recall(checked, directory, manifest.fingerprint, files) if is_large else None
         if known is None:
             _check_hash(directory / INDEX_FILE, manifest.index_sha256)
             _check_hash(directory / IDENTITIES_FILE, manifest.identities_sha256)
@@ -166,8 +169,8 @@ class PackedDataset:
             _check_identities(directory / IDENTITIES_FILE, identities)
             _check_rows(directory / INDEX_FILE, manifest.shards, identities)
         names = _map_names(directory / NAMES_FILE, manifest)
-        if known is None:
-            remember(checked or default_cache(), directory, manifest.fingerprint, files, identities.start_C)
+        if known is None and is_large:
+            remember(checked, directory, manifest.fingerprint, files, identities.start_C)
         quarantined = np.array([one.sample for one in read_quarantine(directory, len(index))], dtype=np.int64)
         return cls(directory, manifest, index, identities, names, np.unique(quarantined), cache)
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipelines.manifest
 from lce_dist.errors import DataError
 from pipelines.identities import Chosen, Identities, first_unsorted, line_starts
 from pipelines.manifest import (
@@ -92,7 +93,10 @@ def jpeg() -> bytes:
     return out.getvalue()
 
 
-def test_a_data_set_that_was_found_whole_is_not_hashed_again(packed: PackedDataset, tmp_path: Path) -> None:
+def test_a_data_set_that_was_found_whole_is_not_hashed_again(
+    packed: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipelines.manifest, "_LARGE_SAMPLES", 1)
     where, cache = packed.directory, tmp_path / "cache"
 
     def opened() -> PackedDataset:
