@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from lce_dist.config import Config, DataConfig
 from lce_dist.errors import ConfigError
 from pipelines.cache import CacheSettings
@@ -91,7 +93,7 @@ def training_order(config: Config, view: View, seed: int) -> Order:
         if shuffle_of(data, view.dataset) == "blocks":
             return BlockOrder(view.num_samples, batch, seed, data.shuffle_block, data.shuffle_window)
         return EpochOrder(view.num_samples, batch, seed)
-    images = ImagesOfClasses.of(view.labels, view.num_classes)
+    images = ImagesOfClasses.of(np.asarray(view.labels), view.num_classes)
     if data.sampling == "balanced":
         return BalancedOrder(images, batch, seed)
     needed = batch // data.images_per_identity

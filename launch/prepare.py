@@ -151,7 +151,7 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             check_against_vectors(old_model, vectors, dataset, config.data.image_size, cache)
     parts = open_parts(config.data, Path(), dataset, cache)
     heldout = parts.view("heldout")
-    heldout_attributes(config, Path(), dataset, heldout.sample_ids)
+    heldout_attributes(config, Path(), dataset, np.asarray(heldout.sample_ids))
     if config.evaluation.pairs and config.old.weights is None and config.old.vectors is not None:
         raise ConfigError(
             f"evaluation.pairs names {len(config.evaluation.pairs)} pair files, whose images have no stored old vectors "

@@ -47,7 +47,7 @@ class StoredOld:
     def of_images(self, sample_ids: Int64Array) -> torch.Tensor:
         """(n, D) float32 unit vectors of images, or of their identities where vectors are kept by those."""
         if self.by == "identity":
-            labels = self.dataset.index["label"][sample_ids]
+            labels = self.dataset.rows[sample_ids]["label"]
             return self.of_identities([self.dataset.identities[label] for label in labels])
         assert self.dataset.name_hash_N2 is not None, "checked when it was opened"
         return torch.from_numpy(self.vectors.take(self.vectors.look_up(self.dataset.name_hash_N2[sample_ids])))

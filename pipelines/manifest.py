@@ -33,6 +33,7 @@ from pipelines.cache import DEFAULT_CACHE, CacheSettings, RemoteShard, ShardCach
 from pipelines.checked import default_cache, recall, remember
 from pipelines.identities import Chosen, Identities, first_unsorted, line_starts
 from pipelines.order import Int64Array, UInt64Array
+from pipelines.rows import Rows
 from pipelines.sources import Source
 
 FORMAT, VERSION = "lce-dist-shards", 1
@@ -98,12 +99,12 @@ class View:
     """Some identities of a packed data set, with labels 0 .. C-1 in the sorted order of their keys.
 
     sample_ids (N,): rows of the packed data set, ascending; labels (N,); count_C (C,): images of each label;
-    class_C (C,): labels of the packed data set. All may be mapped from disk. fingerprint: 64 hex digits over all of it.
+    class_C (C,): labels of the packed data set. All may lie on the disk. fingerprint: 64 hex digits over all of it.
     """
 
     dataset: PackedDataset
-    sample_ids: Int64Array
-    labels: Int64Array
+    sample_ids: Int64Array | Rows[np.int64]
+    labels: Int64Array | Rows[np.int64]
     count_C: Int64Array
     class_C: Int64Array
     fingerprint: str
@@ -201,6 +202,11 @@ class PackedDataset:
         if is_url(self.manifest.root):
             raise DataError(f"{self.directory} has its shards at {self.manifest.root}; this needs them on a disk")
         return Path(self.shard_location(shard))
+
+    @functools.cached_property
+    def rows(self) -> Rows[np.void]:
+        """``index`` for those who read at random: see pipelines/rows.py."""
+        return Rows(self.directory / INDEX_FILE, INDEX_DTYPE)
 
     @property
     def is_remote(self) -> bool:
@@ -313,13 +319,9 @@ class Choice:
 
 def index_pieces(path: Path) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
     """The first row's number and the rows, a part at a time; read, not mapped: what was passed takes no memory."""
-    with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        shape, _, _ = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )(file)
-        for first in range(0, shape[0], _PIECE_ROWS):
-            yield first, np.fromfile(file, INDEX_DTYPE, min(_PIECE_ROWS, shape[0] - first))
+    rows = Rows(path, INDEX_DTYPE)
+    for first in range(0, len(rows), _PIECE_ROWS):
+        yield first, rows[first : first + _PIECE_ROWS]
 
 
 @dataclass(frozen=True)
@@ -486,16 +488,30 @@ def write_description(
     np.save(directory / INDEX_FILE, index, allow_pickle=False)
     np.save(directory / NAMES_FILE, name_hash_N2, allow_pickle=False)
     (directory / IDENTITIES_FILE).write_text("".join(f"{key}\n" for key in identities), encoding="utf-8", newline="")
+    return write_manifest(directory, name, shards, len(index), len(identities), source, root)
+
+
+def write_manifest(
+    directory: Path,
+    name: str,
+    shards: Sequence[ShardRecord],
+    num_samples: int,
+    num_identities: int,
+    source: str,
+    root: str | None = None,
+) -> Manifest:
+    """The last step of packing: the manifest of an index, identities and names, or none, that lie in ``directory``."""
+    names = directory / NAMES_FILE
     unsigned = Manifest(
         format=FORMAT,
         version=VERSION,
         name=name,
-        num_samples=len(index),
-        num_identities=len(identities),
+        num_samples=num_samples,
+        num_identities=num_identities,
         shards=list(shards),
         index_sha256=file_sha256(directory / INDEX_FILE),
         identities_sha256=file_sha256(directory / IDENTITIES_FILE),
-        names_sha256=file_sha256(directory / NAMES_FILE),
+        names_sha256=file_sha256(names) if names.exists() else None,
         root=root,
         source=source,
         fingerprint="0" * 64,

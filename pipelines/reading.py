@@ -27,7 +27,7 @@ class ShardReader:
 
         Errors: DataError when a shard vanished or shrank since the data set was opened.
         """
-        rows = self._dataset.index[sample_ids]
+        rows = self._dataset.rows[sample_ids]
         shards, offsets, sizes = (rows[field].tolist() for field in ("shard", "offset", "size"))
         payloads = []
         for sample_id, shard, offset, size in zip(sample_ids.tolist(), shards, offsets, sizes, strict=True):
@@ -43,7 +43,7 @@ class ShardReader:
     def prefetch(self, sample_ids: Int64Array) -> None:
         """Begin to fetch the shards of samples that will be read, where they lie at a URL."""
         if self._dataset.is_remote:
-            for shard in np.unique(self._dataset.index["shard"][sample_ids]).tolist():
+            for shard in np.unique(self._dataset.rows[sample_ids]["shard"]).tolist():
                 if shard not in self._descriptors:
                     self._dataset.cache.prefetch(self._dataset.remote_shard(shard))
 

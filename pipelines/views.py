@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pipelines.identities import Chosen
 from pipelines.manifest import Choice, IdentitySplit, PackedDataset, View
 from pipelines.order import Int64Array
+from pipelines.rows import Rows
 
 _CARD = "card.json"
 _VERSION = 1
@@ -24,7 +25,7 @@ _PARTS = ("train", "old", "heldout")
 
 
 def stored_view(cache: Path, name: object, dataset: PackedDataset, make: Callable[[], Choice | View]) -> View:
-    """The view that ``make`` describes, mapped from ``cache``; made there when it is not there yet.
+    """The view that ``make`` describes, read from ``cache``; made there when it is not there yet.
 
     name: all that the view depends on beside the data set, as JSON. **Memory**: of making it, 24 bytes an identity.
     """
@@ -61,16 +62,17 @@ def _key(dataset: PackedDataset, name: object) -> str:
     return hashlib.sha256(json.dumps([_VERSION, dataset.fingerprint_in_use, name]).encode()).hexdigest()[:16]
 
 
-_VIEW_ARRAYS = ("samples", "labels", "counts", "classes")
-
-
 def _open_view(folder: Path, dataset: PackedDataset) -> View | None:
-    arrays = _read(folder, _VIEW_ARRAYS)
+    arrays = _read(folder, ("counts", "classes"))
     if arrays is None:
         return None
-    card = json.loads((folder / _CARD).read_text())
-    samples, labels, counts, classes = (arrays[name] for name in _VIEW_ARRAYS)
-    return View(dataset, samples, labels, counts, classes, card["fingerprint"])
+    try:
+        samples, labels = (Rows(folder / f"{name}.npy", np.dtype(np.int64)) for name in ("samples", "labels"))
+        card = json.loads((folder / _CARD).read_text())
+    except (OSError, ValueError):
+        (folder / _CARD).unlink(missing_ok=True)
+        return None
+    return View(dataset, samples, labels, arrays["counts"], arrays["classes"], card["fingerprint"])
 
 
 def _write_view(partial: Path, made: Choice | View) -> dict[str, Any]:

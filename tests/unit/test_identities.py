@@ -25,6 +25,9 @@ from pipelines.manifest import (
     write_description,
 )
 from pipelines.pack import pack_images
+from pipelines.reading import ShardReader
+from pipelines.repeated import repeat_dataset
+from pipelines.rows import Rows
 from pipelines.views import stored_split, stored_view
 
 KEYS = st.lists(
@@ -173,3 +176,50 @@ def test_lists_are_made_once_and_made_anew_when_damaged(packed: PackedDataset, t
         again = stored_view(cache, name, packed, choose)
         np.testing.assert_array_equal(again.sample_ids, plain.sample_ids)
     assert made.count("view") == 2 and not [*cache.glob("*.partial*")]
+
+
+@given(data=st.data(), size=st.integers(0, 40))
+def test_rows_of_a_file_are_those_of_the_array(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, size: int
+) -> None:
+    path = tmp_path_factory.mktemp("rows") / "a.npy"
+    array = np.arange(size, dtype=np.int64) ** 2
+    np.save(path, array)
+    rows = Rows(path, np.dtype(np.int64))
+    assert len(rows) == size and np.array_equal(np.asarray(rows), array)
+    places = st.integers(-size, size - 1) if size else st.nothing()
+    asked = np.array(data.draw(st.lists(places, max_size=50) if size else st.just([])), dtype=np.int64)
+    found = rows[asked]
+    assert np.array_equal(found, array[asked])
+    found += 1  # one's own, as of an array
+    cut = slice(*data.draw(st.tuples(st.integers(-50, 50), st.integers(-50, 50), st.sampled_from([None, 1, 2, -1]))))
+    assert np.array_equal(rows[cut], array[cut]) and np.array_equal(np.asarray(rows), array)
+    for beyond in (size, -size - 1):
+        with pytest.raises(IndexError, match=f"row {beyond} of {size}"):
+            rows[np.array([beyond])]
+    with pytest.raises(ValueError, match="dtype"):
+        Rows(path, np.dtype(np.float64))
+    if size:
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(ValueError, match="shorter"):
+            Rows(path, np.dtype(np.int64))
+
+
+def test_an_index_of_any_size_over_the_bytes_of_a_small_one(packed: PackedDataset, tmp_path: Path) -> None:
+    made = repeat_dataset(packed, tmp_path / "large", 300, 7)
+    assert (made.num_samples, len(made.identities)) == (2100, 300)
+    view = made.select(made.identities)
+    assert view.count_C.tolist() == [7] * 300 and [*view.identities] == sorted(view.identities)
+    assert not np.array_equal(view.labels, np.sort(view.labels))  # mixed
+    reader = ShardReader(made)
+    payloads = [payload.tobytes() for payload in reader.read(np.array([0, 39, 40, 2099]))]
+    assert payloads == [ShardReader(packed).read(np.array([n % 40]))[0].tobytes() for n in (0, 39, 40, 2099)]
+    reader.close()
+    again = repeat_dataset(packed, tmp_path / "large", 300, 7)
+    assert again.fingerprint == made.fingerprint
+    with pytest.raises(DataError, match="1 identities of 7 images"):
+        repeat_dataset(packed, tmp_path / "other", 1, 7)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    shutil.move(packed.directory, tmp_path / "a" / "packed")
+    shutil.move(tmp_path / "large", tmp_path / "a" / "large")  # moved together, they find each other
+    assert PackedDataset.open(tmp_path / "a" / "large").num_samples == 2100

@@ -250,7 +250,7 @@ def test_a_run_is_planned_over_the_split(faces: PackedDataset, place: Path, tmp_
     sizes = {name: (plan.num_samples, plan.num_classes) for name, plan in prepared.plans.items()}
     new = len(split.new), len(people(faces, split.new))
     assert sizes == {"old": (len(split.old), len(people(faces, split.old))), "new": new, "independent": new}
-    assert prepared.parts.view("heldout").sample_ids.tolist() == split.heldout.tolist()
+    assert np.asarray(prepared.parts.view("heldout").sample_ids).tolist() == split.heldout.tolist()
 
 
 def test_the_split_counts_by_what_is_in_it(faces: PackedDataset, place: Path, tmp_path: Path) -> None:
