@@ -206,7 +206,8 @@ def _rotated(
             passes = zip(
                 embedded(job, net, dim, some, world)(), embedded(job, old, old_dim, some, world)(), strict=True
             )
-            sums = PairSums.over(((one.unit_bD, other.unit_bD) for one, other in passes), dim, old_dim, world)
+            both = ((one.unit_bD[one.labels_b >= 0], other.unit_bD[other.labels_b >= 0]) for one, other in passes)
+            sums = PairSums.over(both, dim, old_dim, world)
             turn_ED = procrustes_of(sums).to(torch.float32)
             one = sets[name]
             turned = F.normalize(torch.from_numpy(one.vectors_ND) @ turn_ED.T)
@@ -313,7 +314,7 @@ def _network(
                 seed,
                 world.device,
                 num_threads=config.cluster.reader_threads,
-                bad_images=_bad_images(job, name, view),
+                bad_images=_bad_images(job, name, view, as_holes=False),
             )
             with stream:
                 yield _told(iter(stream), view, name, step, plan.total_steps, report)
@@ -337,7 +338,7 @@ def _network(
     return net.to(world.device).eval().requires_grad_(False)
 
 
-def _bad_images(job: Job, stage: str, view: View) -> BadImages | None:
+def _bad_images(job: Job, stage: str, view: View, as_holes: bool) -> BadImages | None:
     """By the policy of the config; every rank adds what it meets to bad_images.tsv, one line an image."""
     data = job.config.data
     if data.bad_images == "stop":
@@ -351,7 +352,7 @@ def _bad_images(job: Job, stage: str, view: View) -> BadImages | None:
         finally:
             os.close(descriptor)
 
-    return BadImages(max(1, int(data.bad_images_limit * view.num_samples)), tell)
+    return BadImages(max(1, int(data.bad_images_limit * view.num_samples)), tell, as_holes)
 
 
 def _told(
@@ -440,7 +441,14 @@ def embedded(job: Job, net: OldModel, dim: int, view: View, world: World) -> Cal
             return
         planned = block_plan(len(view.sample_ids), world.rank, world.size, _BLOCK_ROWS, first_image)
         stream = ImageStream(
-            view, planned, job.config.data.image_size, None, 0, world.device, job.config.cluster.reader_threads
+            view,
+            planned,
+            job.config.data.image_size,
+            None,
+            0,
+            world.device,
+            job.config.cluster.reader_threads,
+            bad_images=_bad_images(job, "embedding", view, as_holes=True),
         )
         seen: list[EmbeddedRows] = []
         with stream:

@@ -12,8 +12,9 @@ class Batch:
     """One rank's rows of one global batch.
 
     images: (B, 3, H, W) float32, normalised to [-1, 1], on the rank's device.
-    labels: (B,) int64, class numbers of the view that was read (0 .. num_classes - 1), same device.
-    sample_ids: (B,) int64 on the CPU, positions in the packed data set.
+    labels: (B,) int64, class numbers of the view that was read (0 .. num_classes - 1), same device; -1 in a pass that leaves
+    images out which cannot be decoded: the row is of no meaning.
+    sample_ids: (B,) int64 on the CPU, positions in the packed data set; -1 likewise.
     rows_per_rank: how many rows each rank has of this global batch; sums to its size. May hold zeros.
     """
 

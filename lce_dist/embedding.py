@@ -16,7 +16,10 @@ from lce_dist.world import World
 
 @dataclass(frozen=True)
 class EmbeddedRows:
-    """One round of a pass over the data: this rank's unit rows (b, D), labels and sample ids (b,), every rank's b."""
+    """One round of a pass over the data: this rank's unit rows (b, D), labels and sample ids (b,), every rank's b.
+
+    A row whose label is -1 is of no image.
+    """
 
     unit_bD: torch.Tensor
     labels_b: torch.Tensor
@@ -42,7 +45,7 @@ def embed_batches(net: nn.Module, batches: Iterable[Batch], embedding_dim: int) 
 
 
 def gather_all(rounds: Iterable[EmbeddedRows], world: World) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every rank's rows of all rounds: (N, D) vectors, (N,) labels, (N,) sample ids, on the CPU, on every rank.
+    """Every rank's rows of images, all rounds: (N, D) vectors, (N,) labels, (N,) sample ids, on the CPU, on every rank.
 
     **Collectives**: a gather a round. **Memory**: 4 * N * D bytes on every rank; for evaluation sets.
     """
@@ -51,4 +54,6 @@ def gather_all(rounds: Iterable[EmbeddedRows], world: World) -> tuple[torch.Tens
         columns = (rows.unit_bD, rows.labels_b, rows.sample_ids_b)
         parts.append(tuple(gather_rows(column, rows.rows_per_rank, world).cpu() for column in columns))
     vectors, labels, sample_ids = (torch.cat(column) for column in zip(*parts, strict=True))
+    if bool((labels < 0).any()):
+        vectors, labels, sample_ids = (column[labels >= 0] for column in (vectors, labels, sample_ids))
     return vectors, labels, sample_ids

@@ -62,6 +62,13 @@ def as_jpeg(payload: bytes, origin: str, size: int | None = None, quality: int |
         return encoded.getvalue()
 
 
+def grey_jpeg() -> bytes:
+    """The smallest image there is to decode."""
+    encoded = io.BytesIO()
+    Image.new("L", (8, 8), 128).save(encoded, "JPEG")
+    return encoded.getvalue()
+
+
 def check_decodes(payload: bytes, origin: str) -> None:
     """Errors: DataError naming ``origin`` when the image cannot be decoded or is too large."""
     with _opened(payload, origin) as image:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -25,11 +26,13 @@ from lce_dist.batch import Batch
 from lce_dist.config import AugmentConfig
 from lce_dist.errors import DataError
 from pipelines.augment import augment_table
-from pipelines.dali import DecodeFailureError, Decoder, EncodedBatch
+from pipelines.dali import DecodeFailureError, Decoder, EncodedBatch, header_problem
+from pipelines.images import grey_jpeg
 from pipelines.manifest import View
 from pipelines.order import Int64Array, Order, derive_key, rank_rows, rank_slice
 from pipelines.reading import ShardReader
 
+_PLACEHOLDER = np.frombuffer(grey_jpeg(), dtype=np.uint8)  # decoded where an image cannot be; nobody sees it
 _FAR = 64  # batches whose shards are fetched ahead, where they lie at a URL
 
 
@@ -68,21 +71,25 @@ def block_plan(
 
 @dataclass(frozen=True)
 class BadImages:
-    """What becomes of training images that cannot be decoded: others take their places, and ``tell`` hears of each once.
+    """What becomes of images that cannot be decoded: others take their places, and ``tell`` hears of each once.
 
-    most: how many different ones a stream may meet. tell: shard, key, reason.
+    most: how many different ones a stream may meet. tell: shard, key, reason. as_holes: nothing takes their places: their
+    rows are there, of no meaning, with label and sample id -1.
     """
 
     most: int
     tell: Callable[[str, str, str], None]
+    as_holes: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """A planned batch whose bytes are in memory."""
+    """A planned batch whose bytes are in memory. holes: rows that hold no image; error: why there are no bytes."""
 
     planned: PlannedBatch
     encoded: EncodedBatch
+    holes: tuple[int, ...] = ()
+    error: DataError | None = None
 
 
 class ImageStream:
@@ -91,7 +98,7 @@ class ImageStream:
     Pixels of a sample depend on (seed, epoch, sample id) only: not on its batch, the ranks or the threads.
     Use it as a context manager, or close it, to stop its threads before the plan ends.
     bad_images: None: one that cannot be decoded ends the stream. Otherwise another of the view, drawn by (seed, epoch,
-    position), takes its place with its label and id, so that every rank keeps the rows that it has planned.
+    position), takes its place with its label and id, or a hole, so that every rank keeps the rows that it has planned.
     Errors: DataError naming shard and sample when an image cannot be read or decoded.
     **Memory**: 2 * prefetch encoded and prefetch + 1 decoded batches.
     """
@@ -123,6 +130,7 @@ class ImageStream:
         self._again: deque[_Read] = deque()  # read, and to be decoded by the next decoder
         self._bad_images = bad_images
         self._known_bad: set[int] = set()
+        self._bad_lock = threading.Lock()
         self._batches = self._generate()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -154,6 +162,9 @@ class ImageStream:
         max_rows = 0
         while self._again or self._read_ahead(pool):
             next_planned = self._again[0].planned if self._again else self._ahead[0][0]
+            error = None if self._again else self._ahead[0][1].result().error
+            if error is not None:
+                raise error
             if len(next_planned.positions) == 0:
                 self._ahead.popleft()
                 yield self._empty(next_planned)
@@ -181,14 +192,14 @@ class ImageStream:
             except DecodeFailureError as error:
                 if self._bad_images is None:
                     raise self._culprit(self._decoding[0], str(error)) from None
-                first = self._without_bad(self._bad_images, self._decoding.popleft(), str(error))
+                first = self._without_bad(self._decoding.popleft(), str(error))
                 self._again = deque([first, *self._decoding])
                 self._decoding.clear()
                 return  # DALI's pipeline is of no further use; the next one goes on
             if images is None:
                 return
             read = self._decoding.popleft()
-            yield self._batch(read.planned, images)
+            yield self._batch(read.planned, images, read.holes)
 
     def _next_encoded(self, pool: ThreadPoolExecutor, max_rows: int) -> EncodedBatch | None:
         """What the decoder gets next; None at the end, and before a batch that it must not or cannot take."""
@@ -200,8 +211,10 @@ class ImageStream:
         planned, future = self._ahead[0]
         if not 0 < len(planned.positions) <= max_rows:
             return None
-        self._ahead.popleft()
         read = future.result()
+        if read.error is not None:  # raised when the batches before it have been handed out
+            return None
+        self._ahead.popleft()
         self._decoding.append(read)
         self._read_ahead(pool)
         return read.encoded
@@ -222,16 +235,61 @@ class ImageStream:
         return bool(self._ahead)
 
     def _read(self, planned: PlannedBatch) -> _Read:
-        if self._known_bad:
-            planned = self._replaced(planned)
-        sample_ids = self._view.sample_ids[planned.positions]
+        try:
+            return self._readable(planned)
+        except DataError as error:
+            return _Read(planned, EncodedBatch([], None), error=error)
+
+    def _readable(self, planned: PlannedBatch) -> _Read:
+        """The batch's bytes, with others, or holes, where the headers of an image cannot be read.
+
+        Errors: DataError for such an image where the policy is to stop, and for too many of them.
+        """
+        while True:
+            known = self._replaced(planned)
+            sample_ids = self._view.sample_ids[known.positions]
+            encoded = self._reader.read(sample_ids)
+            holes = []
+            for row, sample_id in enumerate(sample_ids.tolist()):
+                if sample_id in self._known_bad:  # only where they stay as holes
+                    holes.append(row)
+                elif (problem := header_problem(encoded[row])) is not None:
+                    self._take_note(sample_id, problem)
+                    holes.append(row)
+            if self._bad_images is None or self._bad_images.as_holes or not holes:
+                break  # otherwise read anew: what takes a place may be bad too
+        for row in holes:
+            encoded[row] = _PLACEHOLDER
         table = None
         if self._augment is not None:
             table = augment_table(self._augment, self._seed, planned.epoch, sample_ids)
-        return _Read(planned, EncodedBatch(self._reader.read(sample_ids), table))
+        return _Read(known, EncodedBatch(encoded, table), tuple(holes))
+
+    def _take_note(self, sample_id: int, problem: str) -> None:
+        """One more image is known to be bad. Errors: DataError where that ends the stream."""
+        dataset, policy = self._view.dataset, self._bad_images
+        shard = dataset.shard_location(int(dataset.index[sample_id]["shard"]))
+        key = dataset.sample_key(sample_id)
+        if policy is None:
+            raise DataError(
+                f"shard {shard}: image {key} (sample {sample_id}) cannot be decoded ({problem}); every image must be a whole "
+                "JPEG. Restore the shard or pack again without it"
+            )
+        with self._bad_lock:
+            if sample_id in self._known_bad:
+                return
+            self._known_bad.add(sample_id)
+        policy.tell(shard, key, problem)
+        if len(self._known_bad) > min(policy.most, self._view.num_samples - 1):
+            raise DataError(
+                f"{len(self._known_bad)} images of {dataset.directory} cannot be decoded; data.bad_images_limit allows "
+                f"{policy.most}. Look at bad_images.tsv in the run, or at lce data verify --decode"
+            )
 
     def _replaced(self, planned: PlannedBatch) -> PlannedBatch:
         """The batch with other positions where images are known to be bad; the same whenever they became known."""
+        if not self._known_bad or (self._bad_images is not None and self._bad_images.as_holes):
+            return planned
         positions = planned.positions.copy()
         for row, position in enumerate(positions.tolist()):
             found, attempt = position, 0
@@ -241,54 +299,59 @@ class ImageStream:
             positions[row] = found
         return dataclasses.replace(planned, positions=positions)
 
-    def _without_bad(self, policy: BadImages, read: _Read, reason: str) -> _Read:
-        """The batch that DALI refused, read anew with other images in the places of those that cannot be decoded.
+    def _without_bad(self, read: _Read, reason: str) -> _Read:
+        """The batch that DALI refused, read anew with others, or holes, in the places of those that cannot be decoded.
 
         Errors: DataError when they are too many, or none is to be found.
         """
-        dataset, met = self._view.dataset, False
-        while True:
-            sample_ids = self._view.sample_ids[read.planned.positions].tolist()
-            worse = False
-            for sample_id, jpeg in zip(sample_ids, read.encoded.jpegs, strict=True):
-                is_known = sample_id in self._known_bad  # read before it became known
-                problem = None if is_known else self._problem(jpeg)
-                met, worse = met or is_known or problem is not None, worse or is_known or problem is not None
-                if problem is not None:
-                    self._known_bad.add(sample_id)
-                    shard = dataset.shard_location(int(dataset.index[sample_id]["shard"]))
-                    policy.tell(shard, dataset.sample_key(sample_id), problem)
-            if not met:
-                raise self._culprit(read, reason)
-            if len(self._known_bad) > min(policy.most, self._view.num_samples - 1):
-                raise DataError(
-                    f"{len(self._known_bad)} images of {dataset.directory} cannot be decoded; data.bad_images_limit allows "
-                    f"{policy.most}. Look at bad_images.tsv in the run, or at lce data verify --decode"
-                )
-            if not worse:
-                return read
-            read = self._read(read.planned)  # what takes a place may be bad too
+        sample_ids = self._view.sample_ids[read.planned.positions].tolist()
+        # read ahead, before they became known
+        known = {row for row, sample_id in enumerate(sample_ids) if sample_id in self._known_bad} - {*read.holes}
+        found = self._undecodable(read.encoded.jpegs, known | {*read.holes})
+        if not known and not found:
+            raise self._culprit(read, reason)
+        for row, problem in found.items():
+            self._take_note(sample_ids[row], problem)
+        return self._readable(read.planned)
 
-    def _problem(self, jpeg: npt.NDArray[np.uint8]) -> str | None:
-        """Why an image cannot be decoded, by Pillow or else by DALI alone."""
-        problem = _decode_problem(jpeg.tobytes())
-        if problem is not None:
-            return problem
-        feed = iter([EncodedBatch([jpeg], None)])
-        alone = Decoder(lambda: next(feed, None), 1, self._image_size, None, self._device, 1, 1)
+    def _undecodable(self, jpegs: list[npt.NDArray[np.uint8]], known: set[int]) -> dict[int, str]:
+        """Rows that cannot be decoded, and why: by Pillow, or else, where it finds none, by DALI, half by half."""
+        rows = [row for row in range(len(jpegs)) if row not in known]
+        problems = {row: _decode_problem(jpegs[row].tobytes()) for row in rows}
+        found = {row: problem for row, problem in problems.items() if problem is not None}
+        if found or not rows:
+            return found
+        suspects = [rows]
+        while suspects:
+            part = suspects.pop()
+            if part and self._was_refused([jpegs[row] for row in part]):
+                if len(part) == 1:
+                    found[part[0]] = "DALI refuses it, although Pillow decodes it"
+                else:
+                    suspects += [part[: len(part) // 2], part[len(part) // 2 :]]
+        return found
+
+    def _was_refused(self, jpegs: list[npt.NDArray[np.uint8]]) -> bool:
+        """Whether DALI cannot decode these images."""
+        feed = iter([EncodedBatch(jpegs, None)])
+        alone = Decoder(
+            lambda: next(feed, None), len(jpegs), self._image_size, None, self._device, self._num_threads, 1
+        )
         try:
             alone.next()
-        except DecodeFailureError as error:
-            return str(error)
+        except DecodeFailureError:
+            return True
         finally:
             alone.close()
-        return None
+        return False
 
-    def _batch(self, planned: PlannedBatch, images: torch.Tensor) -> Batch:
+    def _batch(self, planned: PlannedBatch, images: torch.Tensor, holes: tuple[int, ...] = ()) -> Batch:
+        labels, sample_ids = self._view.labels[planned.positions], self._view.sample_ids[planned.positions]
+        labels[[*holes]] = sample_ids[[*holes]] = -1
         return Batch(
             images=images,
-            labels=torch.from_numpy(self._view.labels[planned.positions]).to(self._device, non_blocking=True),
-            sample_ids=torch.from_numpy(self._view.sample_ids[planned.positions]),
+            labels=torch.from_numpy(labels).to(self._device, non_blocking=True),
+            sample_ids=torch.from_numpy(sample_ids),
             rows_per_rank=planned.rows_per_rank,
         )
 
@@ -299,19 +362,15 @@ class ImageStream:
         """Decode a refused batch image by image, so that the message can name the one that is broken."""
         dataset = self._view.dataset
         sample_ids = self._view.sample_ids[read.planned.positions].tolist()
-        for sample_id, jpeg in zip(sample_ids, read.encoded.jpegs, strict=True):
-            problem = _decode_problem(jpeg.tobytes())
-            if problem is not None:
-                shard = dataset.shard_location(int(dataset.index[sample_id]["shard"]))
-                return DataError(
-                    f"shard {shard}: image {dataset.sample_key(sample_id)} (sample {sample_id}) cannot be decoded "
-                    f"({problem}); every image must be a whole JPEG. Restore the shard or pack again without it"
-                )
-        places = sorted({(int(dataset.index[i]["shard"]), dataset.sample_key(i)) for i in sample_ids})
-        named = ", ".join(f"{dataset.manifest.shards[shard].file}:{key}" for shard, key in places)
+        for row, problem in sorted(self._undecodable(read.encoded.jpegs, set()).items()):
+            shard = dataset.shard_location(int(dataset.index[sample_ids[row]]["shard"]))
+            return DataError(
+                f"shard {shard}: image {dataset.sample_key(sample_ids[row])} (sample {sample_ids[row]}) cannot be decoded "
+                f"({problem}); every image must be a whole JPEG. Restore the shard or pack again without it"
+            )
         return DataError(
-            f"data set {dataset.directory}: DALI refuses a batch ({reason}) although Pillow decodes each of its "
-            f"{len(sample_ids)} images: {named}. Halve the batch to find the image, and pack again without it"
+            f"data set {dataset.directory}: DALI refuses a batch ({reason}) and takes each of its {len(sample_ids)} images by "
+            f"itself: samples {min(sample_ids)} to {max(sample_ids)}. Run again; if it comes again, lower optim.global_batch"
         )
 
 

@@ -479,12 +479,52 @@ def test_an_image_that_only_dali_refuses_is_replaced_too(own_view: View) -> None
     assert told == [(0, "000000003.jpg")]
 
 
-def test_a_batch_that_only_dali_refuses_lists_its_images(own_view: View) -> None:
+def test_an_image_that_only_dali_refuses_is_named(own_view: View) -> None:
     gif = io.BytesIO()
     photo(1, (8, 8)).quantize(8).save(gif, "GIF")
     overwrite(own_view, 3, lambda b: gif.getvalue().ljust(len(b), b"\0"))
-    with pytest.raises(DataError, match=r"although Pillow decodes .* faces-000000\.tar:000000003\.jpg"):
+    with pytest.raises(DataError, match=r"faces-000000\.tar: image 000000003\.jpg \(sample 3\) cannot be decoded"):
         read(own_view, planned(5), None)
+
+
+HARMS: dict[str, Callable[[bytes], bytes]] = {
+    "junk": lambda b: b"no image at all, ".ljust(len(b), b"."),
+    "zeros": lambda b: bytes(len(b)),
+    "html": lambda b: b"<html>404</html>".ljust(len(b)),
+    "cut in its header": lambda b: b[:200] + bytes(len(b) - 200),
+    "cut in its body": lambda b: b[: len(b) // 2] + bytes(len(b) - len(b) // 2),
+}
+
+
+def in_a_large_batch(folder: Path, bad: list[int], skips: bool, ranks: int) -> list[list[int]]:
+    """Sample ids of batches of 90 images, several times over the whole set; -1 is a hole."""
+    dataset = PackedDataset.open(folder)
+    view = dataset.select(dataset.identities)
+    policy = BadImages(10, lambda *told: None, as_holes=True) if skips else None
+    seen = []
+    plan = [PlannedBatch(0, np.arange(NUM_IMAGES, dtype=np.int64), (NUM_IMAGES,))] * 3
+    with ImageStream(view, iter(plan), SIZE, None, 1, CPU, num_threads=ranks, bad_images=policy) as stream:
+        for batch in stream:
+            assert torch.equal(batch.labels < 0, batch.sample_ids < 0)
+            assert np.array_equal(batch.labels.numpy(), np.where(batch.sample_ids < 0, -1, view.labels))
+            seen.append(batch.sample_ids.tolist())
+    return seen
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_bad_image_in_a_large_batch_does_not_end_the_process(
+    own_view: View, harm: str, own_process: ProcessPoolExecutor
+) -> None:
+    """DALI's decoder itself is ended by a header that cannot be read, in batches of 32 or more."""
+    bad = [0, 40, NUM_IMAGES - 1]
+    for sample_id in bad:
+        overwrite(own_view, sample_id, HARMS[harm])
+    for threads in (1, 3):
+        seen = own_process.submit(in_a_large_batch, own_view.dataset.directory, bad, True, threads).result(120)
+        assert seen == [[-1 if n in bad else n for n in range(NUM_IMAGES)]] * 3
+        stopped = own_process.submit(in_a_large_batch, own_view.dataset.directory, bad, False, threads)
+        with pytest.raises(DataError, match=r"image 000000000\.jpg \(sample 0\) cannot be decoded"):
+            stopped.result(120)
 
 
 def test_a_shard_that_shrinks_or_vanishes_during_the_run_is_named(own_view: View) -> None:
