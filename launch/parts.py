@@ -12,7 +12,7 @@ from lce_dist.config import Config, DataConfig
 from lce_dist.errors import ConfigError
 from pipelines.cache import CacheSettings
 from pipelines.identities import Chosen
-from pipelines.manifest import Choice, IdentitySplit, PackedDataset, View, split_identities
+from pipelines.manifest import Choice, IdentitySplit, PackedDataset, View, shard_edges, split_identities
 from pipelines.order import BlockOrder, EpochOrder, Order
 from pipelines.sampling import BalancedOrder, ImagesOfClasses, PKOrder
 from pipelines.splits import OpenSplit, open_split, select_samples
@@ -91,7 +91,7 @@ def training_order(config: Config, view: View, seed: int) -> Order:
     data, batch = config.data, config.optim.global_batch
     if data.sampling == "uniform":
         if shuffle_of(data, view.dataset) == "blocks":
-            return BlockOrder(view.num_samples, batch, seed, data.shuffle_block, data.shuffle_window)
+            return BlockOrder(shard_edges(view), batch, seed, data.shuffle_lanes, data.shuffle_window)
         return EpochOrder(view.num_samples, batch, seed)
     images = ImagesOfClasses.of(np.asarray(view.labels), view.num_classes)
     if data.sampling == "balanced":

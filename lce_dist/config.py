@@ -49,8 +49,8 @@ class DataConfig(_Section):
     """Which images, and which identities each model sees. Exactly one source is named.
 
     shards may be a URL (s3://, gs://, https://). split: the split.json of ``lce data split``, in place of heldout_identities,
-    old_identities and split_seed. shuffle: over all samples ("global"), or shuffle_window blocks of shuffle_block neighbours at a
-    time ("blocks", by default where shards are at a URL). sampling: every image once an epoch ("uniform"), every identity as
+    old_identities and split_seed. shuffle: over all samples ("global"), or within shuffle_window shards at a time of each of
+    shuffle_lanes lines of shards ("blocks", by default where shards are at a URL). sampling: every image once an epoch ("uniform"), every identity as
     often ("balanced"), or images_per_identity of each that is in a batch ("pk").
     bad_images: one that cannot be decoded in training ends the run ("stop"), or another takes its place ("skip"), for as many as
     bad_images_limit of a model's training images, by what each rank meets.
@@ -65,8 +65,8 @@ class DataConfig(_Section):
     split_seed: Annotated[int, Field(ge=0)] = 1
     split: str | None = None
     shuffle: Literal["auto", "global", "blocks"] = "auto"
-    shuffle_block: Count = 8192
-    shuffle_window: Count = 16
+    shuffle_lanes: Count = 8
+    shuffle_window: Count = 4
     sampling: Literal["uniform", "balanced", "pk"] = "uniform"
     images_per_identity: Count = 4
     bad_images: Literal["stop", "skip"] = "stop"

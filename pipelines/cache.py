@@ -18,6 +18,7 @@ from pipelines.sources import Source
 
 _AHEAD = 4  # shards that are fetched at a time
 _MOST_COMING = 32
+_SHARE = 4  # the part of the limit that a process may hold open, and again of what is on its way to it
 _DEFAULT_GIB = 100.0
 _NAME_LENGTH = 64  # of a sha256
 _STALE_S = 3600.0
@@ -84,21 +85,36 @@ class ShardCache:
                 f"cluster.cache_dir is {self._folder}; it cannot be made ({error.strerror}). Name a folder of a local disk"
             ) from None
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="shard-cache")
-        self._coming: dict[str, Future[int]] = {}
+        self._coming: dict[str, tuple[int, Future[int]]] = {}
         self._lock = threading.Lock()
 
+    @property
+    def holds_bytes(self) -> int:
+        """How much a process should keep open: what is open cannot make room for others."""
+        return self._limit // _SHARE
+
     def prefetch(self, shard: RemoteShard) -> None:
-        """Begin to fetch a shard that will be opened; nothing when as many as are sensible are on their way."""
+        """Begin to fetch a shard that will be opened; nothing when as much as is sensible is on its way."""
         with self._lock:
-            if shard.sha256 not in self._coming and len(self._coming) < _MOST_COMING:
-                self._coming[shard.sha256] = self._pool.submit(self._descriptor, shard)
+            if shard.sha256 not in self._coming and self._has_room(shard.size_bytes):
+                self._coming[shard.sha256] = shard.size_bytes, self._pool.submit(self._descriptor, shard)
+
+    def has_room_ahead(self) -> bool:
+        """Whether half of what may be on its way to this process is not."""
+        with self._lock:
+            coming = sum(size for size, _ in self._coming.values())
+            return len(self._coming) <= _MOST_COMING // 2 and coming <= self.holds_bytes // 2
+
+    def _has_room(self, size_bytes: int) -> bool:
+        coming = sum(size for size, _ in self._coming.values())
+        return not self._coming or (len(self._coming) < _MOST_COMING and coming + size_bytes <= self.holds_bytes)
 
     def open(self, shard: RemoteShard) -> int:
         """A descriptor of the whole shard, to be closed by the caller. Errors: DataError where it cannot be had."""
         with self._lock:
             coming = self._coming.pop(shard.sha256, None)
         start_s = time.perf_counter()
-        descriptor = self._descriptor(shard) if coming is None else coming.result()
+        descriptor = self._descriptor(shard) if coming is None else coming[1].result()
         self.fetched.add(waited_s=time.perf_counter() - start_s)
         return descriptor
 
@@ -112,7 +128,7 @@ class ShardCache:
         with self._lock:
             coming = list(self._coming.values())
             self._coming.clear()
-        for future in coming:
+        for _, future in coming:
             if not future.cancel():
                 future.add_done_callback(_close_result)
 

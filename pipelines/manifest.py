@@ -317,6 +317,31 @@ class Choice:
             yield here + first, labels[here]
 
 
+def shard_edges(view: View) -> Int64Array:
+    """(K + 1,) positions of the view at which another shard begins, and its end; equal parts where samples are not in the order
+    of their shards.
+    """
+    counts = np.array([shard.num_samples for shard in view.dataset.manifest.shards], dtype=np.int64)
+    ends = np.cumsum(counts)
+    firsts = ends - counts
+    if int(ends[-1]) == view.dataset.num_samples:
+        shard_of = view.dataset.rows[np.concatenate([firsts, ends - 1])]["shard"]
+        if np.array_equal(shard_of, np.tile(np.arange(len(counts)), 2)):
+            edges = np.unique([0, *(_first_at_least(view.sample_ids, int(end)) for end in ends.tolist())])
+            return edges.astype(np.int64)
+    parts = min(len(counts), view.num_samples)
+    return np.arange(parts + 1, dtype=np.int64) * view.num_samples // parts
+
+
+def _first_at_least(rising: Int64Array | Rows[np.int64], value: int) -> int:
+    """How many numbers of a rising list are below ``value``."""
+    low, high = 0, len(rising)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if int(rising[middle]) < value else (low, middle)
+    return low
+
+
 def index_pieces(path: Path) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
     """The first row's number and the rows, a part at a time; read, not mapped: what was passed takes no memory."""
     rows = Rows(path, INDEX_DTYPE)

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -116,20 +116,27 @@ class EpochOrder:
         return permute(np.arange(first, end, dtype=np.int64), self.num_samples, key)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockOrder:
-    """An epoch whose reading is local: blocks of neighbours in random order, ``window`` of them mixed at a time.
+    """An epoch whose reading is local: blocks (shards) in random order, dealt to lanes, ``window`` of them mixed at a time.
 
-    Every epoch holds every sample exactly once, in the batches of :class:`EpochOrder`'s sizes. A batch touches one window,
-    or two where it lies across an edge: 2 * ``window`` blocks at most.
-    **Memory**: 16 bytes a block.
+    The blocks in their order are one line of samples, cut into ``lanes`` parts; each lane gives every batch its share, a lane
+    after the other, cut as ``rank_slice`` cuts: where the ranks divide the lanes, a rank reads its own lanes alone, and of as many
+    machines each reads its own part of the data once an epoch. A lane mixes its samples within windows, the first of one
+    block, each next one twice as long, up to ``window`` blocks: an epoch begins when a block a lane is there.
+    edge_K (K + 1,): where blocks begin, and the end. Every epoch holds every sample exactly once, in the batches of
+    :class:`EpochOrder`'s sizes, on any number of ranks. **Memory**: 40 bytes a block.
     """
 
-    num_samples: int
+    edge_K: Int64Array
     global_batch: int
     seed: int
-    block: int
+    lanes: int
     window: int
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.edge_K[-1])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -144,27 +151,76 @@ class BlockOrder:
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.num_samples // self.steps_per_epoch
         end = (index + 1) * self.num_samples // self.steps_per_epoch
-        block_K, start_K = _blocks(self.num_samples, self.block, self.seed, epoch)
-        parts = []
-        while first < end:
-            opened = (int(np.searchsorted(start_K, first, side="right")) - 1) // self.window * self.window
-            edges = start_K[opened : opened + self.window + 1]
-            low, high = int(edges[0]), int(edges[-1])
-            turns = np.arange(first - low, min(end, high) - low, dtype=np.int64)
-            mixed = low + permute(turns, high - low, derive_key(self.seed, epoch, opened, self.num_samples))
-            place = np.searchsorted(start_K, mixed, side="right") - 1
-            parts.append(block_K[place] * self.block + mixed - start_K[place])
-            first = min(end, high)
-        return np.concatenate(parts)
+        line = self._line(epoch)
+        ends = self._lane_ends(index + 1)
+        starts, sizes = self._lane_ends(index), self._lane_ends(self.steps_per_epoch)
+        before = np.concatenate([[0], np.cumsum(sizes)])
+        lanes = [lane for lane in range(self.lanes) if starts[lane] < ends[lane]]
+        assert int((ends - starts).sum()) == end - first
+        return np.concatenate(
+            [
+                self._of_lane(
+                    epoch, lane, (int(starts[lane]), int(ends[lane])), int(sizes[lane]), int(before[lane]), line
+                )
+                for lane in lanes
+            ]
+        )
 
+    def _lane_ends(self, num_batches: int) -> Int64Array:
+        """How many samples each lane has given after the first batches of an epoch."""
+        small = self.num_samples // self.steps_per_epoch
+        given = num_batches * self.num_samples // self.steps_per_epoch
+        num_large = given - num_batches * small  # batches of one row more
+        cuts = np.arange(self.lanes + 1, dtype=np.int64)
+        small_share, large_share = (np.diff(cuts * rows // self.lanes) for rows in (small, small + 1))
+        shares: Int64Array = (num_batches - num_large) * small_share + num_large * large_share
+        return shares
 
-@functools.lru_cache(maxsize=2)
-def _blocks(num_samples: int, block: int, seed: int, epoch: int) -> tuple[Int64Array, Int64Array]:
-    """The blocks in their order, and where each begins in the epoch; one more for its end."""
-    num_blocks = -(-num_samples // block)
-    block_K = permute(np.arange(num_blocks, dtype=np.int64), num_blocks, derive_key(seed, epoch, -1, num_samples))
-    size_K = np.minimum(block, num_samples - block_K * block)
-    return block_K, np.concatenate([[0], np.cumsum(size_K)]).astype(np.int64)
+    def _of_lane(
+        self, epoch: int, lane: int, part: tuple[int, int], size: int, start: int, line: tuple[Int64Array, Int64Array]
+    ) -> Int64Array:
+        """Samples of a lane in its own order; the lane has ``size`` of them from place ``start`` of the line on."""
+        low, high = part
+        edges = self._windows
+        mixed = np.empty(high - low, dtype=np.int64)
+        at = low
+        while at < high:
+            number = int(np.searchsorted(edges, at, side="right")) - 1
+            opened = int(edges[number])
+            closed = min(int(edges[number + 1]), size)
+            turns = np.arange(at - opened, min(high, closed) - opened, dtype=np.int64)
+            key = derive_key(self.seed, epoch, lane, opened, self.num_samples)
+            mixed[at - low : at - low + len(turns)] = opened + permute(turns, closed - opened, key)
+            at += len(turns)
+        block_K, start_K = line
+        place = np.searchsorted(start_K, start + mixed, side="right") - 1
+        positions: Int64Array = self.edge_K[block_K[place]] + start + mixed - start_K[place]
+        return positions
+
+    @functools.cached_property
+    def _windows(self) -> Int64Array:
+        """Where the windows of a lane begin."""
+        mean_block = max(1, self.num_samples // (len(self.edge_K) - 1))
+        edges, blocks, longest = [0], 1, int(self._lane_ends(self.steps_per_epoch).max())
+        while edges[-1] < longest:
+            edges.append(edges[-1] + blocks * mean_block)
+            blocks = min(2 * blocks, self.window)
+        return np.array(edges, dtype=np.int64)
+
+    def _line(self, epoch: int) -> tuple[Int64Array, Int64Array]:
+        """The blocks in their order, and where each begins on the line; one more for its end."""
+        if self._lines.get("epoch") != epoch:
+            num_blocks = len(self.edge_K) - 1
+            key = derive_key(self.seed, epoch, -1, self.num_samples)
+            block_K = permute(np.arange(num_blocks, dtype=np.int64), num_blocks, key)
+            start_K = np.concatenate([[0], np.cumsum(np.diff(self.edge_K)[block_K])]).astype(np.int64)
+            self._lines.update(epoch=epoch, line=(block_K, start_K))
+        line: tuple[Int64Array, Int64Array] = self._lines["line"]
+        return line
+
+    @functools.cached_property
+    def _lines(self) -> dict[str, Any]:
+        return {}
 
 
 class Order(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import OrderedDict
 
@@ -11,16 +12,21 @@ import numpy.typing as npt
 from lce_dist.errors import DataError
 from pipelines.manifest import PackedDataset
 from pipelines.order import Int64Array
+from pipelines.preads import Preads
 
 MAX_OPEN_SHARDS = 128
 
 
 class ShardReader:
-    """Reads JPEG payloads by their byte range; keeps at most ``MAX_OPEN_SHARDS`` shards open. Not thread-safe."""
+    """Reads JPEG payloads by their byte range; keeps at most ``MAX_OPEN_SHARDS`` shards open. Not thread-safe.
+
+    Where reads take long (network file systems, cold disks) those of a batch are made side by side.
+    """
 
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._preads = Preads()
 
     def read(self, sample_ids: Int64Array) -> list[npt.NDArray[np.uint8]]:
         """The JPEG bytes of each sample.
@@ -29,25 +35,27 @@ class ShardReader:
         """
         rows = self._dataset.rows[sample_ids]
         shards, offsets, sizes = (rows[field].tolist() for field in ("shard", "offset", "size"))
-        payloads = []
-        for sample_id, shard, offset, size in zip(sample_ids.tolist(), shards, offsets, sizes, strict=True):
-            payload = os.pread(self._descriptor(shard), size, offset)
-            if len(payload) != size:
+        places = zip(shards, sizes, offsets, strict=True)
+        if len(set(shards)) <= self._may_stay_open:
+            payloads = self._preads.read([(self._descriptor(shard), size, offset) for shard, size, offset in places])
+        else:  # some are closed again on the way
+            payloads = [os.pread(self._descriptor(shard), size, offset) for shard, size, offset in places]
+        for row, payload in enumerate(payloads):
+            if len(payload) != sizes[row]:
                 raise DataError(
-                    f"shard {self._dataset.shard_location(shard)} gave {len(payload)} bytes of sample {sample_id} at byte "
-                    f"{offset}; the index says {size}, so it shrank after it was opened. Restore it or pack again"
+                    f"shard {self._dataset.shard_location(shards[row])} gave {len(payload)} bytes of sample {sample_ids[row]} at "
+                    f"byte {offsets[row]}; the index says {sizes[row]}, so it shrank after it was opened. Restore it or pack again"
                 )
-            payloads.append(np.frombuffer(payload, dtype=np.uint8))
-        return payloads
+        return [np.frombuffer(payload, dtype=np.uint8) for payload in payloads]
 
     def prefetch(self, sample_ids: Int64Array) -> None:
         """Begin to fetch the shards of samples that will be read, where they lie at a URL."""
-        if self._dataset.is_remote:
-            for shard in np.unique(self._dataset.rows[sample_ids]["shard"]).tolist():
-                if shard not in self._descriptors:
-                    self._dataset.cache.prefetch(self._dataset.remote_shard(shard))
+        for shard in np.unique(self._dataset.rows[sample_ids]["shard"]).tolist():
+            if shard not in self._descriptors:
+                self._dataset.cache.prefetch(self._dataset.remote_shard(shard))
 
     def close(self) -> None:
+        self._preads.close()
         if self._dataset.is_remote:
             self._dataset.cache.forget()
         while self._descriptors:
@@ -67,6 +75,14 @@ class ShardReader:
             except OSError as error:
                 raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or pack again") from None
         self._descriptors[shard] = descriptor
-        if len(self._descriptors) > MAX_OPEN_SHARDS:
+        while len(self._descriptors) > self._may_stay_open:
             os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
+
+    @functools.cached_property
+    def _may_stay_open(self) -> int:
+        """Shards; those of a URL lie on this machine's disk, where what is open cannot make room for others."""
+        if not self._dataset.is_remote:
+            return MAX_OPEN_SHARDS
+        largest = max(record.size_bytes for record in self._dataset.manifest.shards)
+        return max(1, min(MAX_OPEN_SHARDS, self._dataset.cache.holds_bytes // largest))

@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.preads import Preads
+
 T = TypeVar("T", bound=np.generic)
 
 
@@ -26,7 +28,7 @@ class Rows(Generic[T]):
         version = np.lib.format.read_magic(self._file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, found = read_header(self._file)
-        self.dtype, self._start = dtype, self._file.tell()
+        self.dtype, self._start, self._preads = dtype, self._file.tell(), Preads()
         if found != dtype or len(shape) != 1:
             raise ValueError(f"{path} has dtype {found}, shape {shape}; must be one row of {dtype} each")
         self._size = int(shape[0])
@@ -60,8 +62,8 @@ class Rows(Generic[T]):
         ):
             return self._run(int(numbers[0]), int(numbers[-1]) + 1)
         size, file = self.dtype.itemsize, self._file.fileno()
-        starts = (self._start + numbers * size).tolist()
-        return np.frombuffer(bytearray(b"".join([os.pread(file, size, start) for start in starts])), self.dtype)
+        places = [(file, size, start) for start in (self._start + numbers * size).tolist()]
+        return np.frombuffer(bytearray(b"".join(self._preads.read(places))), self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         whole = self._run(0, self._size)

@@ -33,7 +33,7 @@ from pipelines.order import Int64Array, Order, derive_key, rank_rows, rank_slice
 from pipelines.reading import ShardReader
 
 _PLACEHOLDER = np.frombuffer(grey_jpeg(), dtype=np.uint8)  # decoded where an image cannot be; nobody sees it
-_FAR = 64  # batches whose shards are fetched ahead, where they lie at a URL
+_FAR, _MORE = 2048, 16  # batches whose shards are fetched ahead, where they lie at a URL: at most, and more at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,14 +221,16 @@ class ImageStream:
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> bool:
         """Keep ``prefetch`` batches being read; False when the plan is used up."""
-        far = _FAR if self._view.dataset.is_remote else 1
-        while len(self._planned) < far:
+        dataset = self._view.dataset
+        more = _MORE if dataset.is_remote and len(self._planned) < _FAR and dataset.cache.has_room_ahead() else 0
+        while not self._planned or more > 0:
             planned = next(self._plan, None)
             if planned is None:
                 break
-            if far > 1:
+            if dataset.is_remote:
                 pool.submit(self._reader.prefetch, self._view.sample_ids[planned.positions])
             self._planned.append(planned)
+            more -= 1
         while len(self._ahead) < self._prefetch and self._planned:
             planned = self._planned.popleft()
             self._ahead.append((planned, pool.submit(self._read, planned)))

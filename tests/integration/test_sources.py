@@ -26,7 +26,7 @@ from PIL import Image
 from lce_dist.errors import DataError
 from pipelines import sources
 from pipelines.cache import CacheSettings, RemoteShard, ShardCache
-from pipelines.manifest import PackedDataset, Quarantined, fetch_description, write_quarantine
+from pipelines.manifest import PackedDataset, Quarantined, fetch_description, shard_edges, write_quarantine
 from pipelines.order import BlockOrder, EpochOrder
 from pipelines.pack import pack_images
 from pipelines.sources import Source
@@ -159,7 +159,9 @@ def test_training_reads_the_same_from_a_bucket_cold_and_warm(faults, packed, tmp
     remote = PackedDataset.open(folder, CacheSettings(tmp_path / "shards", 1.0))
     assert remote.is_remote and remote.fingerprint == local.fingerprint
     assert remote.sample_key(5) == local.sample_key(5)
-    for order in (EpochOrder(120, 16, 3), BlockOrder(120, 16, 3, 20, 2)):
+    edges = shard_edges(local.select(local.identities))
+    assert len(edges) == len(local.manifest.shards) + 1
+    for order in (EpochOrder(120, 16, 3), BlockOrder(edges, 16, 3, 2, 2)):
         for (ours, ids), (truth, true_ids) in zip(batches(remote, order), batches(local, order), strict=True):
             assert torch.equal(ids, true_ids) and torch.equal(ours, truth)
     fetched = remote.cache.fetched
@@ -303,3 +305,18 @@ def test_a_killed_rank_leaves_nothing_that_is_taken_for_whole(faults, packed, tm
     for lock in tmp_path.glob("*.lock"):
         with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody holds it any more
+
+
+def test_the_cache_keeps_its_limit_while_an_epoch_is_read(faults, packed, tmp_path):
+    local = PackedDataset.open(packed)
+    sizes = [shard.size_bytes for shard in local.manifest.shards]
+    limit = 3 * max(sizes)
+    folder = fetch_description(URL, tmp_path / "cache")
+    remote = PackedDataset.open(folder, CacheSettings(tmp_path / "shards", limit / 2**30))
+    order = BlockOrder(shard_edges(remote.select(remote.identities)), 16, 3, 1, 1)
+    view = remote.select(remote.identities)
+    most = 0
+    with ImageStream(view, training_plan(order, 0, 1, 0, 12), 16, None, 1, torch.device("cpu")) as stream:
+        for _ in stream:
+            most = max(most, sum(path.stat().st_size for path in (tmp_path / "shards").iterdir()))
+    assert 0 < most <= limit < sum(sizes)

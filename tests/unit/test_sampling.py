@@ -29,38 +29,63 @@ def test_permute_each_is_permute(pairs, data):
 
 
 @given(
-    samples=st.integers(1, 400),
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30),
     batch=st.integers(1, 50),
-    block=st.integers(1, 60),
+    lanes=st.integers(1, 5),
     window=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=80)
-def test_blocks_cover_every_epoch_exactly_and_touch_few_blocks(samples, batch, block, window, seed):
-    order, whole = BlockOrder(samples, batch, seed, block, window), EpochOrder(samples, batch, seed)
-    assert order.steps_per_epoch == whole.steps_per_epoch
+@settings(deadline=None, max_examples=120)
+def test_blocks_cover_every_epoch_exactly(sizes, batch, lanes, window, seed):
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    order, whole = BlockOrder(edges, batch, seed, lanes, window), EpochOrder(sum(sizes), batch, seed)
+    assert order.steps_per_epoch == whole.steps_per_epoch and order.num_samples == sum(sizes)
     for epoch in range(2):
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         batches = [order.batch(step) for step in steps]
         assert [len(b) for b in batches] == [len(whole.batch(step)) for step in steps]
-        assert sorted(np.concatenate(batches).tolist()) == list(range(samples))
+        assert sorted(np.concatenate(batches).tolist()) == list(range(sum(sizes)))
         assert {order.epoch_of(step) for step in steps} == {epoch}
-        # read in order, a block is opened once: at any time those of one window, or of two across an edge
-        seen = [set((b // block).tolist()) for b in batches]
-        spans = {name: [i for i, blocks in enumerate(seen) if name in blocks] for name in set().union(*seen)}
-        for first, last in [(min(at), max(at)) for at in spans.values()]:
-            assert last - first <= window * block // max(1, min(len(b) for b in batches)) + 2
-        # the last block may be short, and with it the window that it falls into
-        windows = -(-len(batches[0]) // (window * block)) + 1 + bool(samples % block)
-        assert max(map(len, seen)) <= window * windows
 
 
-def test_blocks_mix():
-    order = BlockOrder(10_000, 100, 3, 100, 10)
+@pytest.mark.parametrize("batch", [256, 250])
+def test_a_rank_reads_its_own_shards_once_an_epoch_few_at_a_time(batch: int) -> None:
+    """Shards of one size (but for the last), eight lanes, windows of four: what every rank holds, and fetches."""
+    shard, lanes, window = 200, 8, 4
+    edges = np.append(np.arange(0, 40_000, shard), 40_003)
+    order = BlockOrder(edges, batch, 5, lanes, window)
+    batches = [(order.batch(step) // shard).clip(max=len(edges) - 2) for step in range(order.steps_per_epoch)]
+    for ranks in (1, 2, 4, 8):
+        check_locality(batches, ranks, lanes, window * shard * lanes // batch, len(edges) - 1)
+
+
+def check_locality(batches: list[np.ndarray], ranks: int, lanes: int, window_steps: int, num_shards: int) -> None:
+    readers: dict[int, set[int]] = {}
+    for rank in range(ranks):
+        seen = [set(shards[rank_slice(len(shards), rank, ranks)].tolist()) for shards in batches]
+        twice = 0
+        for one in set().union(*seen):
+            readers.setdefault(one, set()).add(rank)
+            steps = [number for number, shards in enumerate(seen) if one in shards]
+            # used within two windows that follow each other, then never again; but for one that two lanes share
+            twice += steps[-1] - steps[0] > 2.5 * window_steps
+        assert twice <= lanes // ranks
+        assert max(map(len, seen)) <= lanes // ranks * 2 * 5  # two windows of four, and what lies across their edges
+        assert len(seen[0]) <= lanes // ranks * 2, "the first batch waits for a shard or two a lane"
+    assert len(readers) == num_shards
+    # a shard that two lanes share has two readers at most
+    shared = sum(len(who) > 1 for who in readers.values())
+    assert shared <= lanes and max(map(len, readers.values())) <= 2
+
+
+def test_blocks_mix() -> None:
+    edges = np.arange(0, 10_001, 100)
+    order = BlockOrder(edges, 100, 3, 2, 4)
     first, again = order.batch(0), order.batch(order.steps_per_epoch)
-    assert len(set((first // 100).tolist())) == 10 and sorted(first.tolist()) != sorted(again.tolist())
-    assert BlockOrder(10_000, 100, 4, 100, 10).batch(0).tolist() != first.tolist()
-    assert np.array_equal(order.batch(37), BlockOrder(10_000, 100, 3, 100, 10).batch(37))
+    late = order.batch(50)
+    assert len(set((late // 100).tolist())) >= 7 and sorted(first.tolist()) != sorted(again.tolist())
+    assert BlockOrder(edges, 100, 4, 2, 4).batch(0).tolist() != first.tolist()
+    assert np.array_equal(order.batch(37), BlockOrder(edges, 100, 3, 2, 4).batch(37))
 
 
 CLASSES = st.lists(st.integers(1, 9), min_size=4, max_size=30)
@@ -111,7 +136,7 @@ def test_any_number_of_ranks_from_any_step(kind):
     images, _ = images_of([3, 5, 9, 4, 7, 8, 6, 5] * 5)
     samples = len(images.position_N)
     order = {
-        "blocks": BlockOrder(samples, 24, 7, 10, 3),
+        "blocks": BlockOrder(np.append(np.arange(0, samples, 10), samples), 24, 7, 3, 3),
         "balanced": BalancedOrder(images, 24, 7),
         "pk": PKOrder(images, 24, 7, 4),
     }[kind]
@@ -129,7 +154,7 @@ def test_any_number_of_ranks_from_any_step(kind):
 
 
 def test_a_billion_samples_take_no_memory():
-    order = BlockOrder(10**9, 4096, 1, 100_000, 16)
+    order = BlockOrder(np.arange(0, 10**9 + 1, 100_000), 4096, 1, 8, 4)
     batch = order.batch(123_456)
-    assert len(batch) in (4095, 4096) and len(set((batch // 100_000).tolist())) <= 32
+    assert len(batch) in (4095, 4096) and len(set((batch // 100_000).tolist())) <= 8 * 2 * 5
     assert len(np.unique(batch)) == len(batch)

@@ -616,3 +616,30 @@ def test_decoding_goes_on_while_the_consumer_works(view: View) -> None:
             next(iterator)
             waits.append(time.perf_counter() - started)
     assert sorted(waits)[1] < 0.5 * decode_s, (decode_s, waits)
+
+
+def test_slow_reads_are_made_side_by_side(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network file system: each read waits a millisecond."""
+    pread, now, most = os.pread, 0, 0
+    lock = threading.Lock()
+
+    def slow(file: int, size: int, offset: int) -> bytes:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(1e-3)
+        with lock:
+            now -= 1
+        return pread(file, size, offset)
+
+    ids = np.random.default_rng(0).permutation(NUM_IMAGES)
+    reader = reading.ShardReader(view.dataset)
+    truth = [payload.tobytes() for payload in reader.read(ids)]
+    monkeypatch.setattr(os, "pread", slow)
+    for expected in (range(1, 2), range(9, 33)):
+        most = 0
+        assert [payload.tobytes() for payload in reader.read(ids)] == truth and most in expected
+    threads = num_threads()
+    reader.close()
+    assert num_threads() < threads
