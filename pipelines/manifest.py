@@ -42,8 +42,8 @@ NAMES_FILE, QUARANTINE_FILE = "names.npy", "quarantine.json"
 INDEX_DTYPE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i8")])
 
 _TAR_BLOCK_BYTES = 512
-_LARGE_SAMPLES = 1 << 20  # below that a check takes a moment, and nothing is kept of it
-_PIECE_ROWS = 1 << 20  # index rows looked at together, so that a hundred million samples need no gigabytes
+_LARGE_SAMPLES = 1 << 18  # below that a check takes a moment, and nothing is kept of it
+_PIECE_ROWS = 1 << 18  # index rows looked at together, so that a hundred million samples need no gigabytes
 
 
 def _below_its_root(file: str) -> str:
