@@ -14,8 +14,9 @@ if [[ $# -eq 0 ]]; then
     "$bin/lint-imports"
     # these share nothing: one process a processor; integration tests start clusters of their own
     # ci: the same examples each time; "pytest" alone draws new ones
-    OMP_NUM_THREADS=1 "$bin/python" -m pytest --hypothesis-profile ci \
+    OMP_NUM_THREADS=1 "$bin/python" -m pytest -rs --hypothesis-profile ci \
         -n logical --maxprocesses 8 --dist loadfile tests/unit tests/distributed
     set -- tests --ignore tests/unit --ignore tests/distributed
 fi
-exec "$bin/python" -m pytest "$@"
+# -rs: what is skipped, and why, is said at the end
+exec "$bin/python" -m pytest -rs "$@"
