@@ -18,6 +18,7 @@ from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
 from launch.head_cli import add_head_commands
 from launch.kubernetes import OVERLAYS
+from launch.kubernetes_cli import add_kubernetes_commands, submit_to_kubernetes
 from launch.methods_cli import add_methods_command
 from launch.runs_cli import add_run_commands, node_range
 from lce_dist.config import Config, load_config, parse_config
@@ -73,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="where: this machine, the cluster of RAY_ADDRESS, Kubernetes (default: ray if RAY_ADDRESS is set, else local)",
     )
     train.add_argument("--image", help="k8s: container image (default: lce-dist:0.1.0)")
-    train.add_argument("--storage", help="k8s: size of a new volume (default: 200Gi), or the name of an existing claim")
+    train.add_argument("--storage", help="k8s: name of the claim with the folders runs and data (default: lce-storage)")
     train.add_argument("--namespace", help="k8s: namespace (default: lce-dist)")
     train.add_argument("--overlay", choices=OVERLAYS, help="k8s: kustomize overlay (default: gpu)")
     train.add_argument(
@@ -131,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add_generations_command(commands)
     add_methods_command(commands)
     add_run_commands(commands)
+    add_kubernetes_commands(commands)
 
     add_data_commands(commands)
     add_doctor_command(commands)
@@ -188,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> None:
                     f"--{flag.replace('_', '-')} belongs to --target k8s; the target is {target}. Remove it"
                 )
     if target == "k8s":
-        _submit_to_kubernetes(arguments, config)
+        submit_to_kubernetes(arguments, config)
     elif target == "ray":
         from launch.submit import submit_to_ray
 
@@ -244,46 +246,6 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(text)
     if refusal is not None:
         raise refusal
-
-
-def _submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:
-    from launch.kubernetes import KubernetesOptions, apply, job_name, overlay_has_gpus, render, wait_for_job
-
-    if arguments.fresh:
-        raise ConfigError(
-            "--fresh is for runs here; every retry of a Kubernetes job would start over. Use another --name"
-        )
-    if arguments.run_dir is not None:
-        raise ConfigError("--run-dir is for runs here; a Kubernetes job writes to /runs of its claim. Use --storage")
-    overlay = arguments.overlay or ("gpu" if arguments.queue is None else "kueue")
-    namespace = arguments.namespace or "lce-dist"
-    if arguments.check:
-        raise ConfigError("--check looks at what is seen from here; the storage of a Kubernetes job is not. Remove it")
-    options = KubernetesOptions(
-        nodes=arguments.nodes[1],
-        min_nodes=arguments.nodes[0],
-        workers_per_node=arguments.workers_per_node,
-        gpus_per_node=arguments.workers_per_node if overlay_has_gpus(overlay) else 0,
-        image=arguments.image or "lce-dist:0.1.0",
-        config_path=arguments.config,
-        storage=arguments.storage or "200Gi",
-        namespace=namespace,
-        overlay=overlay,
-        queue=arguments.queue,
-        name=config.run.name,
-        overrides=tuple(arguments.set),
-        with_independent=arguments.with_independent,
-    )
-    if arguments.dry_run:
-        print(render(options), end="")
-        return
-    apply(options)
-    name = job_name(options)
-    if arguments.follow or arguments.wait:
-        wait_for_job(name, namespace, arguments.follow)
-        return
-    print(f"RayJob {namespace}/{name} is on its way; follow it with:")
-    print(f"  lce logs {config.run.name} --target k8s --namespace {namespace} --follow")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ def _logs(arguments: argparse.Namespace) -> None:
 
         job_logs(_newest(arguments, target), arguments.follow)
     elif target == "k8s":
-        from launch.kubernetes import job_logs as kubernetes_logs
-        from launch.kubernetes import wait_for_job
+        from launch.rayjobs import job_logs as kubernetes_logs
+        from launch.rayjobs import wait_for_job
 
         if arguments.follow:
             wait_for_job(_newest(arguments, target), arguments.namespace, with_log=True)
@@ -170,7 +170,7 @@ def _stop(arguments: argparse.Namespace) -> None:
         stop_job(job)
         print(f"job {job} is asked to end")
     elif target == "k8s":
-        from launch.kubernetes import stop_job as stop_kubernetes
+        from launch.rayjobs import stop_job as stop_kubernetes
 
         job = _newest(arguments, target)
         stop_kubernetes(job, arguments.namespace)
@@ -190,7 +190,7 @@ def _resume(arguments: argparse.Namespace) -> None:
 
         resume_job(_newest(arguments, target))
     elif target == "k8s":
-        from launch.kubernetes import resume_job as resume_kubernetes
+        from launch.rayjobs import resume_job as resume_kubernetes
 
         job = _newest(arguments, target)
         resume_kubernetes(job, arguments.namespace)
@@ -218,7 +218,7 @@ def _jobs(arguments: argparse.Namespace, target: str):  # type: ignore[no-untype
         from launch.submit import jobs_of
 
         return jobs_of(arguments.which)
-    from launch.kubernetes import jobs_of as kubernetes_jobs
+    from launch.rayjobs import jobs_of as kubernetes_jobs
 
     return kubernetes_jobs(arguments.which, arguments.namespace)
 

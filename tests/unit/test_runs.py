@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.kubernetes import wait_for_job
+from launch.rayjobs import wait_for_job
 from launch.runs import find_run, read_launch, runs_below, status_of, stop_run, write_launch
 from lce_dist.config import load_config
 from lce_dist.errors import ConfigError, LceError, RunError, SetupError
@@ -230,7 +230,7 @@ def test_a_kubernetes_job_is_followed_to_its_end(
     program.write_text(_CHANGING.format(folder=tmp_path))
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("launch.kubernetes._WAIT_S", 0.01)
+    monkeypatch.setattr("launch.rayjobs._WAIT_S", 0.01)
     (tmp_path / "n").write_text("0")
     for number, state in enumerate(states, start=1):
         job = ray_job("one-a", "one", "2026-01-01T00:00:00Z", "")
@@ -251,11 +251,33 @@ def test_a_kubernetes_job_is_followed_to_its_end(
         assert "logs job/one-a --namespace team --follow" in (tmp_path / "calls").read_text()
 
 
+def test_a_job_that_its_queue_holds_back_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(_CHANGING.format(folder=tmp_path))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("launch.rayjobs._WAIT_S", 0.01)
+    (tmp_path / "n").write_text("0")
+    for number, state in enumerate(("Suspended", "Running", "Complete"), start=1):
+        job = ray_job("one-a", "one", "2026-01-01T00:00:00Z", state)
+        job["metadata"] |= {"labels": {"kueue.x-k8s.io/queue-name": "lce"}}  # type: ignore[operator]
+        (tmp_path / str(number)).write_text(json.dumps(job))
+    wait_for_job("one-a", "team", with_log=False)
+    assert capfd.readouterr().out.split("one-a: ")[1:] == [
+        "Suspended\nRayJob team/",
+        "Running\nRayJob team/",
+        "Complete\n",
+    ]
+
+
 def test_a_cluster_that_does_not_answer_any_more_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "kubectl"
     program.write_text("#!/bin/sh\necho 'connection refused' >&2; exit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr("launch.kubernetes._WAIT_S", 0.01)
+    monkeypatch.setattr("launch.rayjobs._WAIT_S", 0.01)
     with pytest.raises(SetupError, match="connection refused"):
         wait_for_job("one-a", "team", with_log=False)
