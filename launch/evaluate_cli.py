@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.upgrade_cli import add_upgrade_action
 from lce_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
@@ -17,25 +18,23 @@ if TYPE_CHECKING:  # heavy imports wait until a command needs them
     import numpy.typing as npt
     from matplotlib.figure import Figure
 
-    from launch.progress import RunProgress
-    from launch.protocol_files import Known, PeopleList, TemplateList
-    from lce_dist.compat.bridges import Bridge
+    from launch.loaded_vectors import LoadedVectors
+    from launch.protocol_files import PeopleList, TemplateList
     from lce_dist.evaluation.embeddings import EmbeddingSet
     from lce_dist.evaluation.verification import Roc
 
     Ints = npt.NDArray[np.int64]
 
 _FILES = ".parquet (key, vector), .npz (keys, vectors), or .npy with NAME.keys.txt beside it"
-_UNIT_TOLERANCE = 1e-3
 _BRIDGE_SIDE = {"new_to_old": "query", "old_to_new": "gallery"}
 
 
 def add_evaluate_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``evaluate pairs | templates | identify | retrieve | all-pairs | unpack-bin`` to the commands of ``lce``."""
+    """Add ``evaluate pairs | templates | identify | retrieve | all-pairs | upgrade | unpack-bin`` to the commands of ``lce``."""
     raw = argparse.RawDescriptionHelpFormatter
     evaluate = commands.add_parser(
         "evaluate",
-        help="protocols over stored vectors: 1:1 pairs, templates, 1:N, retrieval",
+        help="over stored vectors: the report of an upgrade, and protocols: 1:1 pairs, templates, 1:N, retrieval",
         description="Measure stored vectors by a public protocol; docs/protocols.md says how each counts, and what its\n"
         f"lists look like. Vectors: {_FILES}.",
         formatter_class=raw,
@@ -120,6 +119,8 @@ def add_evaluate_commands(commands: argparse._SubParsersAction[argparse.Argument
     _add_fars(everything, "--far", (1e-4, 1e-3, 1e-2))
     _add_common(everything, _all_pairs, keep=False)
 
+    add_upgrade_action(actions)
+
     unpack = actions.add_parser(
         "unpack-bin",
         help="a .bin file of pairs (lfw.bin, agedb_30.bin) to images and pairs.csv; its pickle is not executed",
@@ -172,27 +173,11 @@ def _add_templates(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class _Vectors:
-    """A file's rows in memory (through the map, where it is this side that goes through one)."""
-
-    path: Path
-    rows_ND: npt.NDArray[np.float32]
-    row_of: dict[str, int]
-    identities: list[str] | None
-
-    @property
-    def known(self) -> Known:
-        from launch.protocol_files import Known
-
-        return Known(str(self.path), self.row_of)
-
-
-@dataclass(frozen=True, eq=False)
 class _Sides:
     """Vectors of queries and gallery; of one file it is the same object twice."""
 
-    query: _Vectors
-    gallery: _Vectors
+    query: LoadedVectors
+    gallery: LoadedVectors
 
     def image_numbers(self) -> tuple[Ints, Ints]:
         """A number for each row of the two, the same for the same key."""
@@ -405,6 +390,7 @@ def _load(arguments: argparse.Namespace) -> _Sides:
     """Read the vectors and send one side through the map. Errors: DataError; CheckpointError of a damaged map."""
     from rich.console import Console
 
+    from launch.loaded_vectors import check_identities, check_spaces, load_vectors
     from launch.progress import RunProgress
     from lce_dist.compat.artefact import read_bridge, read_card
 
@@ -413,12 +399,14 @@ def _load(arguments: argparse.Namespace) -> _Sides:
         card, bridge = read_card(arguments.bridge), read_bridge(arguments.bridge)
         mapped = arguments.map or _BRIDGE_SIDE[card["direction"]]
         sources = [arguments.query, arguments.gallery]
-        _check_spaces(card, *(sources if mapped == "query" else sources[::-1]))
+        check_spaces(card, *(sources if mapped == "query" else sources[::-1]))
     with RunProgress(Console(stderr=True)) as progress:
-        query = _read(arguments.query, arguments.lengths, bridge if mapped == "query" else None, progress)
+        query = load_vectors(arguments.query, arguments.lengths, bridge if mapped == "query" else None, progress)
         gallery = query
         if arguments.gallery not in (None, arguments.query):
-            gallery = _read(arguments.gallery, arguments.lengths, bridge if mapped == "gallery" else None, progress)
+            gallery = load_vectors(
+                arguments.gallery, arguments.lengths, bridge if mapped == "gallery" else None, progress
+            )
     dims = query.rows_ND.shape[1], gallery.rows_ND.shape[1]
     if dims[0] != dims[1]:
         names = [
@@ -430,73 +418,8 @@ def _load(arguments: argparse.Namespace) -> _Sides:
             "--bridge a map between the two models"
         )
     sides = _Sides(query, gallery)
-    _check_identities(sides)
+    check_identities(sides.query, sides.gallery)
     return sides
-
-
-def _check_identities(sides: _Sides) -> None:
-    """Refuse two files that name other people for the same image. Errors: DataError."""
-    one, other = sides.query, sides.gallery
-    if one is other or one.identities is None or other.identities is None:
-        return
-    for key, row in one.row_of.items():
-        there = other.row_of.get(key)
-        if there is not None and one.identities[row] != other.identities[there]:
-            raise DataError(
-                f"vectors {one.path}, row {row + 1}, and {other.path}, row {there + 1}, have the same key and name two identities; "
-                "must be one. Correct one of them"
-            )
-
-
-def _check_spaces(card: dict[str, Any], source: Path, target: Path) -> None:
-    """Refuse a map between other models than the files say. Errors: DataError."""
-    from launch.vector_files import open_vectors
-
-    for path, key, word in ((source, "from_space", "begins at"), (target, "to_space", "leads to")):
-        space, wanted = open_vectors(path).space, card.get(key)
-        if None not in (space, wanted) and space != wanted:
-            raise DataError(
-                f"vectors {path} are of space {space!r}; the map {word} {wanted!r}. Give the map of these models"
-            )
-
-
-def _read(path: Path, lengths: str, bridge: Bridge | None, progress: RunProgress) -> _Vectors:
-    import numpy as np
-    import torch
-
-    from launch.vector_files import open_vectors
-    from lce_dist.compat.artefact import map_rows
-
-    file = open_vectors(path)
-    if bridge is not None and file.dim != bridge.dim_in:
-        raise DataError(
-            f"vectors {path} have {file.dim} dimensions; the map begins at {bridge.dim_in}. Give the other side's"
-        )
-    rows_ND = np.empty((file.num_rows, file.dim if bridge is None else bridge.dim_out), dtype=np.float32)
-    row_of: dict[str, int] = {}
-    identities: list[str] = []
-    for block in file.blocks():
-        low = len(row_of)
-        for key in block.keys:
-            if key in row_of:
-                again = len(row_of) + 1
-                raise DataError(f"vectors {path}: the key of row {again} stands there before; keep one row a key")
-            row_of[key] = len(row_of)
-        identities += block.identities or []
-        rows_bD = block.rows_bD.astype(np.float64)
-        norm_b = np.linalg.norm(rows_bD, axis=1, keepdims=True)
-        wrong = np.flatnonzero(np.abs(norm_b[:, 0] - 1.0) > _UNIT_TOLERANCE)
-        if lengths == "unit" and wrong.size:
-            raise DataError(
-                f"vectors {path}: row {low + int(wrong[0]) + 1} has length {norm_b[wrong[0], 0]:.6g}; must be 1, within "
-                f"{_UNIT_TOLERANCE}. If its model gives such vectors, add --lengths normalise"
-            )
-        rows_bD = (rows_bD if lengths == "keep" else rows_bD / norm_b).astype(np.float32)
-        if bridge is not None:
-            rows_bD = map_rows(bridge, torch.from_numpy(rows_bD)).numpy()
-        rows_ND[low : len(row_of)] = rows_bD
-        progress.count(f"reading {path.name}", len(row_of), file.num_rows)
-    return _Vectors(path, rows_ND, row_of, identities or None)
 
 
 def _all_rows(sides: _Sides, labels: tuple[Ints, Ints] | None = None) -> tuple[EmbeddingSet, EmbeddingSet]:
@@ -571,7 +494,7 @@ def _listed(
     return sets[0], sets[1], (numbers[0], numbers[1])
 
 
-def _pooled(vectors: _Vectors, listed: TemplateList, template_P: Ints) -> EmbeddingSet:
+def _pooled(vectors: LoadedVectors, listed: TemplateList, template_P: Ints) -> EmbeddingSet:
     """The vectors of those templates that are asked for."""
     import numpy as np
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.html_report import html_report
 from launch.run_tracking import gate_tags, version_text
-from lce_dist.config import Config
+from lce_dist.config import Judged
 from lce_dist.errors import RunError
 from lce_dist.evaluation.answers import answers_of
 from lce_dist.evaluation.gate import GateVerdict, judge
@@ -20,7 +20,7 @@ from lce_dist.tracking import tracking_uri
 
 
 def conclude_gate(
-    run_dir: Path, config: Config, report: dict[str, Any], overridden: Sequence[str] = ()
+    run_dir: Path, config: Judged, report: dict[str, Any], overridden: Sequence[str] = ()
 ) -> tuple[GateVerdict, dict[str, Any]]:
     """Judge ``report`` by ``config.gate`` and write gate.json and report.html; returns the verdict, and as it was written.
 
@@ -56,7 +56,7 @@ def judged_before(run_dir: Path) -> dict[str, Any] | None:
 
 
 def tell_mlflow(
-    run_dir: Path, config: Config, report: dict[str, Any], verdict: GateVerdict, entry: dict[str, Any], alias: str
+    run_dir: Path, config: Judged, report: dict[str, Any], verdict: GateVerdict, entry: dict[str, Any], alias: str
 ) -> str:
     """Tell the run and its model's version of the verdict and, when passed, move the alias; returns what was done.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lce_dist.errors import ConfigError, RunError, SetupError
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
-    from lce_dist.config import Config
+    from lce_dist.config import Judged
     from lce_dist.evaluation.gate import GateVerdict
 
 
@@ -74,8 +74,8 @@ def _gate(arguments: argparse.Namespace) -> None:
         raise RunError(f"{run_dir} may not be shipped: {len(verdict.failed)} of {len(verdict.checks)} checks failed")
 
 
-def _config_of(run_dir: Path, overrides: list[str]) -> Config:
-    from lce_dist.config import parse_config, with_overrides
+def _config_of(run_dir: Path, overrides: list[str]) -> Judged:
+    from lce_dist.config import parse_config, parse_vectors_config, with_overrides
 
     for override in overrides:
         if not override.strip().startswith("gate."):
@@ -85,6 +85,8 @@ def _config_of(run_dir: Path, overrides: list[str]) -> Config:
         values: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         raise ConfigError(f"{path} is absent or damaged; run the training command again, it writes the file") from None
+    if isinstance(values, dict) and "vectors" in values:  # of lce evaluate upgrade
+        return parse_vectors_config(with_overrides(values, overrides), str(path))
     return parse_config(with_overrides(values, overrides), str(path), json_mode=True)
 
 

@@ -85,6 +85,8 @@ def html_report(
         f'<p class="small">Intervals at 95 %, at FAR {far}, over identities drawn again '
         f"({report['images_drawn_for_intervals']:,} of {report['num_heldout_images']:,} images). {_text(' '.join(report['reasons']))}</p>",
     ]
+    if "procrustes_note" in report:
+        parts.append(f'<p class="small">{_text(report["procrustes_note"])}</p>')
     if report["old_threshold_kept"]:
         parts += ["<h2>Thresholds and decisions that change</h2>", _kept(report, far), _flips(report)]
     if report["p_scores"] is not None:
@@ -99,7 +101,9 @@ def html_report(
     if losses:
         parts.append("<h2>Training</h2>")
         parts += [_picture(path, path.stem.removeprefix("losses_").replace("_", ", ")) for path in losses]
-    parts += ["<h2>The run</h2>", _run_facts(report)]
+    parts += (
+        ["<h2>The vectors</h2>", _vectors(report)] if "vectors" in report else ["<h2>The run</h2>", _run_facts(report)]
+    )
     body = "\n".join(part for part in parts if part)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -248,6 +252,24 @@ def _run_facts(report: Mapping[str, Any]) -> str:
         "fingerprint": report["fingerprint"],
     }
     return _table(("", ""), (((key, str(value)), False) for key, value in facts.items()))
+
+
+def _vectors(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            (
+                name,
+                Path(one["file"]).name,
+                f"{one['num_rows']:,}",
+                str(one["dim"]),
+                one["space"] or "not said",
+                f"{one['left_out']:,}",
+            ),
+            False,
+        )
+        for name, one in report["vectors"].items()
+    ]
+    return _table(("model", "file", "vectors", "dimensions", "space", "not compared"), rows)
 
 
 def _picture(path: Path, caption: str) -> str:

@@ -131,6 +131,7 @@ def result_table(report: dict[str, Any]) -> Table:
     table.add_column("rank-1", justify="right")
     through = {"training-backward": "M(T21 new, old)", "training-forward": "M(new, T12 old)"}
     through |= {"mapping-backward": "M(T21 new, old)", "mapping-forward": "M(new, T12 old)"}
+    through |= {"vectors-backward": "M(T21 new, old)", "vectors-forward": "M(new, T12 old)"}
     titles = _TITLES | {"new_old": through.get(report["mode"], _TITLES["new_old"])}
     rotated = report.get("procrustes", {})  # absent in reports of earlier versions
     rows = [(title, report[key]) for key, title in titles.items() if key in report]

@@ -11,7 +11,7 @@ from launch.parts import Part
 from launch.prepare import Prepared, fingerprint_of
 from launch.report import open_report
 from launch.sheet import sheet_of
-from lce_dist.config import Config
+from lce_dist.config import Config, Judged
 from lce_dist.evaluation.figures import training_curves
 from lce_dist.evaluation.matrix import PAIRS
 from lce_dist.tracking import Tracker
@@ -106,7 +106,7 @@ class RunTracking:
     def results(self, config: Config, gate: dict[str, Any]) -> None:
         """Numbers, description, figures and report on the parent run; the new model as a version in the registry."""
         report = open_report(self._run_dir)
-        self.tracker.log_metrics("parent", _result_metrics(report), report["revision"])
+        self.tracker.log_metrics("parent", result_metrics(report), report["revision"])
         tags = {"lce.space": report["space"], "lce.parent_space": report["parent_space"]}
         self.tracker.set_tags("parent", tags | gate_tags(report, gate, config))
         for figure in sorted((self._run_dir / "figures").glob("*.png")):
@@ -175,7 +175,7 @@ def draw_curves(run_dir: Path) -> None:
                 figure.savefig(run_dir / "figures" / f"losses_{stage}{suffix}.png", dpi=150)
 
 
-def gate_tags(report: dict[str, Any], gate: dict[str, Any], config: Config) -> dict[str, str]:
+def gate_tags(report: dict[str, Any], gate: dict[str, Any], config: Judged) -> dict[str, str]:
     """What the run's page says of a verdict: the description, the word, the reasons."""
     failed = "; ".join(f"{check['name']}: {check['reached']}" for check in gate["checks"] if not check["passed"])
     return {
@@ -190,7 +190,8 @@ def version_text(gate: dict[str, Any]) -> str:
     return "\n\n".join(f"**{question}** {_cell(answer)}" for question, answer in gate["answers"].items())
 
 
-def _result_metrics(report: dict[str, Any]) -> dict[str, float]:
+def result_metrics(report: dict[str, Any]) -> dict[str, float]:
+    """The report's numbers by their names in MLflow."""
     metrics: dict[str, float | None] = {
         "result/criterion_met": report["criterion_met"] and float(report["criterion_met"]),
         "result/update_gain": report["update_gain"],
@@ -219,9 +220,9 @@ def _result_metrics(report: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if value is not None}
 
 
-def _description(report: dict[str, Any], gate: dict[str, Any], config: Config) -> str:
+def _description(report: dict[str, Any], gate: dict[str, Any], config: Judged) -> str:
     far = repr(float(report["criterion_far"]))
-    old = config.old.net or config.old.weights or config.old.vectors
+    old, new = config.model_names
     rows = [
         f"| {query} | {gallery} | {report[key]['tar_at_far'][far]:.3f} | {report[key]['rank1']:.3f} | "
         f"{report[key]['threshold_at_far'][far]:.4f} |"
@@ -233,7 +234,7 @@ def _description(report: dict[str, Any], gate: dict[str, Any], config: Config) -
         f"| {_cell(check['name'])} | {check['asked']} | {check['reached']} | {words[check['passed']]} |"
         for check in gate["checks"]
     ]
-    lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**: `{old}` to `{config.new.net}`.", ""]
+    lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**: `{old}` to `{new}`.", ""]
     for question, answer in gate["answers"].items():
         lines += [f"**{question}** {_cell(answer)}", ""]
     if gate["overridden"]:

@@ -86,6 +86,8 @@ def open_vectors(path: Path) -> VectorFile:
 def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], space: str | None = None) -> None:
     """Write ``blocks`` in the format of ``path``'s ending, and that they are of ``space``; the file appears whole or not at all.
 
+    Nobody else may read it.
+
     Errors: DataError for another ending; RunError where the file system refuses.
     **Memory**: a block; npz: all keys.
     """
@@ -93,6 +95,7 @@ def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], 
         raise DataError(f"vectors {path} end in {path.suffix!r}; must be {', '.join(SUFFIXES)}")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     write = {".parquet": _write_parquet, ".npz": _write_npz, ".npy": _write_npy}[path.suffix]
+    before = os.umask(0o077)  # templates of people: files 0600, folders that are made 0700
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # names of what lies beside an npy come before it: without the npy nobody looks at them
@@ -103,6 +106,7 @@ def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], 
     except OSError as error:
         raise RunError(f"vectors {path} cannot be written: {error}. Free space or choose another place") from None
     finally:
+        os.umask(before)
         for left in path.parent.glob(f"{partial.name}*"):
             left.unlink(missing_ok=True)
 

@@ -537,6 +537,11 @@ class Config(_Section):
             )
         return self
 
+    @property
+    def model_names(self) -> tuple[str, str]:
+        """What people call the old and the new model: a network, or the place of a file."""
+        return self.old.net or self.old.weights or self.old.vectors or "", self.new.net
+
     def training_values(self) -> dict[str, Any]:
         """The settings that can change the trained weights.
 
@@ -571,6 +576,33 @@ class Config(_Section):
         """16 hex digits over :meth:`training_values` and :meth:`evaluation_values`."""
         text = json.dumps({**self.training_values(), **self.evaluation_values()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class VectorFilesConfig(_Section):
+    """Where the vectors of one upgrade lie, of the same images by old and new model; bridge: the map between the two."""
+
+    old: str
+    new: str
+    independent: str | None = None
+    bridge: str | None = None
+
+
+class VectorsConfig(_Section):
+    """A report over stored vectors (``lce evaluate upgrade``): what of a run's config there is without a run."""
+
+    vectors: VectorFilesConfig
+    run: RunConfig = RunConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def model_names(self) -> tuple[str, str]:
+        """Files of the old and the new model's vectors."""
+        return self.vectors.old, self.vectors.new
+
+
+Judged = Config | VectorsConfig  # what a gate needs to know of whatever left a report
 
 
 def _absolute(place: str) -> str:
@@ -625,6 +657,14 @@ def parse_config(values: dict[str, Any], origin: str, json_mode: bool = False) -
         raise ConfigError(f"{origin}: {_one_line(error)}") from None
 
 
+def parse_vectors_config(values: dict[str, Any], origin: str) -> VectorsConfig:
+    """As ``parse_config``, of a report over stored vectors, from values as they come back from JSON."""
+    try:
+        return VectorsConfig.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_one_line(error, VectorsConfig)}") from None
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
@@ -645,14 +685,14 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         table[last] = value
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, model: type[BaseModel] = Config) -> str:
     problems = error.errors(include_url=False)
     problem = problems[0]
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}."
         return f"unknown key {key!r}; {hint}{more}"
@@ -664,8 +704,7 @@ def _one_line(error: ValidationError) -> str:
     return f"{key} is {problem['input']!r}; {message[0].lower()}{message[1:]}.{more}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    model: Any = Config
+def _known_keys(location: list[str], model: Any) -> list[str]:
     for part in location:
         annotation = model.model_fields[part].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]

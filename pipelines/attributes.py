@@ -9,6 +9,7 @@ Keys and values are personal: errors name rows and columns, never a key.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipelines.manifest import PackedDataset
 from pipelines.synthetic import photo_attributes
 
 Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
 Columns = dict[str, npt.NDArray[np.str_]]
 
 UNKNOWN = "unknown"
@@ -40,14 +42,15 @@ def attributes_of(path: Path, dataset: PackedDataset, sample_ids: Int64Array) ->
     Errors: DataError for a file of another kind, without a key or another column, with a key twice, with more than 64 words
     in a column, or of which no key names an image or identity of the data. **Memory**: the file, and 24 bytes a row.
     """
-    table = _read(path)
-    row_N = _rows_of(path, table.column("key"), dataset, sample_ids)
-    found: Columns = {}
-    for name in table.column_names:
-        if name != "key":
-            column = table.column(name).combine_chunks()
-            found[name] = _words(path, name, column.take(pa.array(row_N, mask=row_N < 0)))
-    return found
+    labels, label_N = np.unique(dataset.index["label"][sample_ids], return_inverse=True)
+    identity_N2 = hash_keys([dataset.identities[int(label)] for label in labels])[label_N]
+    names_N2 = None if dataset.name_hash_N2 is None else dataset.name_hash_N2[sample_ids]
+    return _columns(path, names_N2, identity_N2)
+
+
+def attributes_by_key(path: Path, keys: Sequence[str], identities: Sequence[str]) -> Columns:
+    """The columns of ``path`` for images (N,) that are known by their keys and identities. Errors, **Memory**: of ``attributes_of``."""
+    return _columns(path, hash_keys(keys), hash_keys(identities))
 
 
 def drawn_attributes(config: SyntheticConfig, sample_ids: Int64Array) -> Columns:
@@ -78,7 +81,18 @@ def _read(path: Path) -> pa.Table:
     return table
 
 
-def _rows_of(path: Path, key: pa.ChunkedArray, dataset: PackedDataset, sample_ids: Int64Array) -> Int64Array:
+def _columns(path: Path, name_N2: UInt64Array | None, identity_N2: UInt64Array) -> Columns:
+    table = _read(path)
+    row_N = _rows_of(path, table.column("key"), name_N2, identity_N2)
+    found: Columns = {}
+    for name in table.column_names:
+        if name != "key":
+            column = table.column(name).combine_chunks()
+            found[name] = _words(path, name, column.take(pa.array(row_N, mask=row_N < 0)))
+    return found
+
+
+def _rows_of(path: Path, key: pa.ChunkedArray, name_N2: UInt64Array | None, identity_N2: UInt64Array) -> Int64Array:
     """Row (N,) of each image, by its name or else its identity; -1 where there is none."""
     hashes = np.concatenate(
         [
@@ -90,15 +104,11 @@ def _rows_of(path: Path, key: pa.ChunkedArray, dataset: PackedDataset, sample_id
     row_of = {(int(one), int(two)): row for row, (one, two) in enumerate(hashes.tolist())}
     if len(row_of) < len(hashes):
         raise DataError(f"attributes {path} hold {len(hashes) - len(row_of)} keys twice; each must be there once")
-    labels = dataset.index["label"][sample_ids]
-    of_label = {
-        int(label): row_of.get(tuple(hash_keys([dataset.identities[label]])[0].tolist()), -1)
-        for label in np.unique(labels)
-    }
-    row_N = np.array([of_label[int(label)] for label in labels], dtype=np.int64)
-    if dataset.name_hash_N2 is not None:
-        by_name = [row_of.get((int(one), int(two)), -1) for one, two in dataset.name_hash_N2[sample_ids].tolist()]
-        row_N = np.where(np.array(by_name) >= 0, by_name, row_N)
+    row_N = np.full(len(identity_N2), -1, dtype=np.int64)
+    for each_N2 in (identity_N2, name_N2):
+        if each_N2 is not None:
+            found_N = np.array([row_of.get((one, two), -1) for one, two in each_N2.tolist()], dtype=np.int64)
+            row_N = np.where(found_N >= 0, found_N, row_N)
     if len(row_N) and row_N.max() < 0:
         raise DataError(
             f"attributes {path}: none of {len(hashes)} keys names one of the {len(row_N)} evaluated images or their "
