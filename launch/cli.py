@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from launch.bridge_cli import add_bridge_commands
 from launch.data_cli import add_data_commands
 from launch.doctor_cli import add_doctor_command
+from launch.embed_cli import add_embed_command
 from launch.evaluate_cli import add_evaluate_commands
 from launch.gate_cli import add_gate_command
 from launch.generations_cli import add_generations_command
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_head_commands(commands)
     add_bridge_commands(commands)
+    add_embed_command(commands)
     add_evaluate_commands(commands)
     add_gate_command(commands)
     add_generations_command(commands)

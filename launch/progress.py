@@ -52,9 +52,9 @@ class RunProgress:
         """One line above the bars."""
         self._console.print(text, highlight=False, soft_wrap=True)
 
-    def count(self, what: str, done: int, total: int) -> None:
-        """Progress of something that only counts, such as packing."""
-        self._update(what, done, total, "", last=done == total)
+    def count(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """Progress of something that only counts, such as packing; detail: its speed, where it takes long."""
+        self._update(what, done, total, detail, last=done == total)
 
     def show(self, event: dict[str, Any]) -> None:
         """Show one event of the job; kinds that say nothing to a person are passed over."""
