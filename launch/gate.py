@@ -11,7 +11,7 @@ from typing import Any
 from launch.html_report import html_report
 from launch.run_tracking import gate_tags, version_text
 from lce_dist.config import Judged
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError, RunError
 from lce_dist.evaluation.answers import answers_of
 from lce_dist.evaluation.gate import GateVerdict, judge
 from lce_dist.registry import describe_version, log_run_file, set_model_alias, tag_run
@@ -24,10 +24,19 @@ def conclude_gate(
 ) -> tuple[GateVerdict, dict[str, Any]]:
     """Judge ``report`` by ``config.gate`` and write gate.json and report.html; returns the verdict, and as it was written.
 
-    overridden: what of ``config.gate`` was set by hand; both files say so.
+    overridden: what of ``config.gate`` was set by hand; both files say so. Errors: DataError for a report that lacks parts.
     """
-    verdict = judge(report, config.gate)
-    answers = answers_of(report, verdict, config.gate.min_slice_images)
+    try:
+        verdict = judge(report, config.gate)
+        answers = answers_of(report, verdict, config.gate.min_slice_images)
+        page = html_report(config.run.name, report, verdict, answers, run_dir / "figures", overridden)
+        known = {key: report[key] for key in ("fingerprint", "examination")}
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        # a file that somebody else may have written: what is missing shows where it is read
+        raise DataError(
+            f"{run_dir / 'report.json'} is damaged ({type(error).__name__}: {error}); delete it and run the training command "
+            "again, which evaluates the trained models anew"
+        ) from None
     entry: dict[str, Any] = {
         "passed": verdict.passed,
         "checks": [
@@ -37,10 +46,8 @@ def conclude_gate(
         "answers": dict(answers.rows()),
         "gate": config.gate.model_dump(mode="json"),
         "overridden": list(overridden),
-        "fingerprint": report["fingerprint"],
-        "examination": report["examination"],
+        **known,
     }
-    page = html_report(config.run.name, report, verdict, answers, run_dir / "figures", overridden)
     _write(run_dir / "report.html", page)
     _write(run_dir / "gate.json", json.dumps(entry, indent=2) + "\n")
     return verdict, entry

@@ -18,7 +18,7 @@ from lce_dist.evaluation.metrics import PairResult
 from lce_dist.evaluation.upgrade import Upgrade, upgrade_entries
 from lce_dist.evaluation.upgrade_figures import backfill_curves, det, flips_bars, groups_plot
 
-VERSION = 2  # of report.json; another one is written anew from the trained weights
+VERSION = 3  # of report.json; another one is written anew from the trained weights
 
 _TITLES = {
     "old_old": "M(old, old)",

@@ -388,23 +388,25 @@ class EvaluationConfig(_Section):
 
 
 Off = Literal["off"]
+Auto = Literal["auto"]
 
 
 class GateConfig(_Section):
     """What an upgrade must reach before it is shipped (``lce gate``), all at evaluation.criterion_far; "off": not asked.
 
+    What is asked and was not measured does not pass; "auto" asks the usual bound where it was measured.
     confidence: share of samples of identities in which M(n,o) > M(o,o). min_self_gain: of M(n,n) - M(o,o). min_self_ratio: of
-    M(n,n) / M(*,*), asked where an independent model was trained. max_far_ratio: FAR reached when the old threshold is kept, over
-    the wanted one. max_negative_flips: of all genuine pairs. min_slice_gain: of M(n,o) - M(o,o) in the worst group
-    of at least min_slice_images images.
+    M(n,n) / M(*,*) (auto: 0.97). max_far_ratio: FAR reached when the old threshold is kept, over the wanted one.
+    max_negative_flips: of all genuine pairs. min_slice_gain: of M(n,o) - M(o,o) in every group of at least min_slice_images
+    images, within its interval (auto: -0.02).
     """
 
     confidence: Fraction | Off = 0.95
     min_self_gain: float | Off = 0.0
-    min_self_ratio: Positive | Off = 0.97
+    min_self_ratio: Positive | Off | Auto = "auto"
     max_far_ratio: Positive | Off = "off"
     max_negative_flips: Fraction | Off = 0.1
-    min_slice_gain: float | Off = -0.02
+    min_slice_gain: float | Off | Auto = "auto"
     min_slice_images: Count = 100
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lce_dist.evaluation.gate import GateVerdict, worst_group
+from lce_dist.evaluation.gate import GateVerdict, judged_groups
 
 _FELT = 5e-3  # of mean TAR: less is within what other queries would give
 _ORDER_WORDS = {
@@ -35,7 +35,7 @@ class Answers:
 
 
 def answers_of(report: Mapping[str, Any], verdict: GateVerdict, min_images: int) -> Answers:
-    """The answers; groups smaller than ``min_images`` images are not called losers."""
+    """The answers; only groups of ``min_images`` images whose interval lies below 0 are called losers."""
     far = repr(float(report["criterion_far"]))
     tar = {
         key: report[key]["tar_at_far"][far]
@@ -92,31 +92,27 @@ def _losers(report: Mapping[str, Any], min_images: int) -> str:
     text = f"{lost:.1f} % of genuine pairs were accepted before and are rejected now; {won:.1f} % the other way round."
     if not report["slices"]:
         return f"{text} Images carry no attributes, so groups are not told apart."
-    losing, small = (
-        sorted(
-            (one["tar"]["new_old"] - one["tar"]["old_old"], one["column"], one["value"])
-            for one in report["slices"]
-            if (one["num_images"] >= min_images) is large and one["tar"]["new_old"] < one["tar"]["old_old"]
-        )
-        for large in (True, False)
-    )
-    worst = worst_group(report, min_images)
+    judged = judged_groups(report["slices"], min_images)
+    losing = [one for one in judged if one["gain"]["high"] < 0.0]
     if losing:
         text += f" Groups that lose: {_named(losing)}."
-    elif worst is not None:
-        group, gain = worst
-        text += f" No group of {min_images} images or more loses; the smallest gain of those, {gain:+.3f}, is that of "
-        text += f"{group['column']}: {group['value']}."
+    elif not judged:
+        text += f" No group has {min_images} images of 10 identities, so none is judged."
     else:
-        text += f" No group has {min_images} images."
-    if small:
-        text += f" Smaller groups that lose, too few images to be sure: {_named(small)}."
+        text += f" No group of {min_images} images or more is sure to lose."
+    others = [one for one in judged if one not in losing]
+    if others:
+        text += f" The smallest gain of {'the others' if losing else 'those'} is that of {_named(others[:1])}"
+        text += ", which may be chance." if others[0]["gain"]["value"] < 0.0 else "."
     return text
 
 
-def _named(losing: list[tuple[float, str, str]]) -> str:
-    shown = ", ".join(f"{column}: {value} ({gain:+.3f})" for gain, column, value in losing[:5])
-    return f"{shown}, and {len(losing) - 5} others" if len(losing) > 5 else shown
+def _named(groups: list[Mapping[str, Any]]) -> str:
+    shown = ", ".join(
+        f"{one['column']}: {one['value']} ({one['gain']['value']:+.3f}, {one['gain']['low']:+.3f} to {one['gain']['high']:+.3f})"
+        for one in groups[:5]
+    )
+    return f"{shown}, and {len(groups) - 5} others" if len(groups) > 5 else shown
 
 
 def _changes(report: Mapping[str, Any], far: str) -> str:

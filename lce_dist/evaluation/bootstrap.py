@@ -36,13 +36,14 @@ _MERGE_AT = 1 << 22
 class IdentityCounts:
     """One (query, gallery) pair of models, counted by identity (I,) and candidate threshold (K,), lowest first.
 
-    genuine_I and genuine_from_IK: genuine pairs of an identity, and those at or above each candidate. queries_I,
-    galleries_I: its images. Impostor pairs (E,): two identities, the highest candidate that they reach (rising), and how
+    threshold_K: the candidates, as scores in units of 2^-20. genuine_I and genuine_from_IK: genuine pairs of an identity, and
+    those at or above each candidate. queries_I, galleries_I: its images. Impostor pairs (E,): two identities, the highest candidate that they reach (rising), and how
     many. near: a candidate at which about twice the FAR are accepted.
     """
 
     far: float
     identities_I: Ints
+    threshold_K: Ints
     genuine_I: Ints
     genuine_from_IK: npt.NDArray[np.int32]
     queries_I: Ints
@@ -55,18 +56,22 @@ class IdentityCounts:
 
     def tar(self, weight_I: Floats) -> float:
         """TAR at the FAR when identity i counts ``weight_I[i]`` times; nan where no genuine or impostor pair is left."""
+        return self.tar_and_chosen(weight_I)[0]
+
+    def tar_and_chosen(self, weight_I: Floats) -> tuple[float, int]:
+        """That TAR, and the candidate that was the threshold for it (the last one where there is no TAR)."""
         genuine = float(weight_I @ self.genuine_I)
         impostor = float(
             (weight_I @ self.queries_I) * (weight_I @ self.galleries_I)
             - weight_I**2 @ (self.queries_I * self.galleries_I)
         )
         if genuine == 0.0 or impostor == 0.0:
-            return float("nan")
+            return float("nan"), len(self.threshold_K) - 1
         share_K = self._impostors_from(self.near, weight_I) / impostor
         if share_K[self.near] <= self.far and self.near > 0:  # a lower candidate may do
             share_K = self._impostors_from(0, weight_I) / impostor
         chosen = int(np.argmax(share_K <= self.far))  # the last candidate is above every impostor
-        return float(weight_I @ self.genuine_from_IK[:, chosen]) / genuine
+        return float(weight_I @ self.genuine_from_IK[:, chosen]) / genuine, chosen
 
     def _impostors_from(self, candidate: int, weight_I: Floats) -> Floats:
         """Weighted impostor pairs at or above each candidate (K,); below ``candidate``, those from it on."""
@@ -131,6 +136,7 @@ def count_by_identity(query: EmbeddingSet, gallery: EmbeddingSet, far: float) ->
     return IdentityCounts(
         far,
         identities_I,
+        threshold_K,
         genuine_I,
         from_IK,
         np.bincount(of_query_N, minlength=count),
@@ -143,10 +149,19 @@ def count_by_identity(query: EmbeddingSet, gallery: EmbeddingSet, far: float) ->
     )
 
 
-def resampled_tars(counts: Sequence[IdentityCounts], num_samples: int = 1000, seed: int = 0) -> Floats:
-    """TARs (cells, num_samples) in the same samples of identities, so that differences of cells can be judged too.
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """B samples of identities: how often each came (B, I), and each cell's TAR and threshold's candidate in them (C, B)."""
 
-    Errors: RunError when the cells are not of the same identities.
+    weight_BI: npt.NDArray[np.float32]
+    tar_CB: Floats
+    chosen_CB: Ints
+
+
+def resample(counts: Sequence[IdentityCounts], num_samples: int = 1000, seed: int = 0) -> Resampled:
+    """All cells in the same samples of identities, so that differences of cells can be judged too.
+
+    Errors: RunError when the cells are not of the same identities. **Memory**: 4 bytes a sample and identity.
     """
     identities_I = counts[0].identities_I
     for each in counts[1:]:
@@ -156,12 +171,21 @@ def resampled_tars(counts: Sequence[IdentityCounts], num_samples: int = 1000, se
                 "together. Embed the same view of the data with every model"
             )
     random = np.random.default_rng(seed)
-    tar = np.empty((len(counts), num_samples))
+    weight_BI = np.empty((num_samples, len(identities_I)), dtype=np.float32)
+    tar_CB = np.empty((len(counts), num_samples))
+    chosen_CB = np.empty((len(counts), num_samples), dtype=np.int64)
     for sample in range(num_samples):
         drawn = random.integers(0, len(identities_I), len(identities_I))
         weight_I = np.bincount(drawn, minlength=len(identities_I)).astype(np.float64)
-        tar[:, sample] = [each.tar(weight_I) for each in counts]
-    return tar
+        weight_BI[sample] = weight_I
+        for cell, each in enumerate(counts):
+            tar_CB[cell, sample], chosen_CB[cell, sample] = each.tar_and_chosen(weight_I)
+    return Resampled(weight_BI, tar_CB, chosen_CB)
+
+
+def resampled_tars(counts: Sequence[IdentityCounts], num_samples: int = 1000, seed: int = 0) -> Floats:
+    """TARs (cells, num_samples) of :func:`resample`, with its errors."""
+    return resample(counts, num_samples, seed).tar_CB
 
 
 def interval(value: float, samples_B: Floats, level: float = 0.95) -> Interval:

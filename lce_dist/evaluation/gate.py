@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lce_dist.config import GateConfig
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,31 @@ class GateVerdict:
         return tuple(check for check in self.checks if not check.passed)
 
 
+# what "auto" asks, of reports that hold what it takes; a number in the config is asked of every report
+AUTO_SELF_RATIO = 0.97
+AUTO_SLICE_GAIN = -0.02
+
+
 def judge(report: Mapping[str, Any], gate: GateConfig) -> GateVerdict:
-    """Every check that ``gate`` asks. Errors: RunError for a report of an earlier version, which lacks numbers."""
-    for key in ("intervals", "flips", "old_threshold_kept", "slices"):
+    """Every check that ``gate`` asks; one that is asked and cannot be told does not pass.
+
+    Errors: DataError for a report that lacks a part: an earlier version wrote it, or it is damaged.
+    """
+    for key in (
+        "criterion_far",
+        "new_old",
+        "new_new",
+        "confidence",
+        "intervals",
+        "flips",
+        "old_threshold_kept",
+        "slices",
+    ):
         if key not in report:
-            raise RunError(f"the report has no {key!r}: an earlier version wrote it. Run the same command with --fresh")
+            raise DataError(
+                f"the report has no {key!r}: an earlier version wrote it, or it is damaged. Delete it and run the training "
+                "command again, which evaluates the trained models anew"
+            )
     checks = []
     far = report["criterion_far"]
     tar = {
@@ -52,9 +72,12 @@ def judge(report: Mapping[str, Any], gate: GateConfig) -> GateVerdict:
     if gate.min_self_gain != "off":
         gain = tar["new_new"] - tar["old_old"] if "old_old" in tar else None
         checks.append(_at_least("M(n,n) - M(o,o)", gain, gate.min_self_gain, "{:+.4f}"))
-    if gate.min_self_ratio != "off" and "independent_new" in tar:
-        ratio = tar["new_new"] / tar["independent_new"] if tar["independent_new"] > 0.0 else None
-        checks.append(_at_least("M(n,n) / M(*,*)", ratio, gate.min_self_ratio, "{:.4f}"))
+    self_ratio = AUTO_SELF_RATIO if gate.min_self_ratio == "auto" else gate.min_self_ratio
+    if self_ratio != "off" and (gate.min_self_ratio != "auto" or "independent_new" in tar):
+        alone = tar.get("independent_new", 0.0)
+        checks.append(
+            _at_least("M(n,n) / M(*,*)", tar["new_new"] / alone if alone > 0.0 else None, self_ratio, "{:.4f}")
+        )
     if gate.max_far_ratio != "off":
         kept = report["old_threshold_kept"].get("new_old")
         checks.append(
@@ -66,29 +89,34 @@ def judge(report: Mapping[str, Any], gate: GateConfig) -> GateVerdict:
         checks.append(
             _at_most("genuine pairs accepted before, rejected now", rate, 100.0 * gate.max_negative_flips, "{:.3g} %")
         )
-    if gate.min_slice_gain != "off":
-        worst = worst_group(report, gate.min_slice_images)
-        if worst is None and report["slices"]:
-            asked = f"a group of at least {gate.min_slice_images} images"
-            checks.append(Check("M(n,o) - M(o,o) of the worst group", asked, "no group is as large", None))
-        elif worst is not None:
-            group, gain = worst
-            name = f"M(n,o) - M(o,o) of the worst group, {group['column']}: {group['value']}"
-            checks.append(_at_least(name, gain, gate.min_slice_gain, "{:+.4f}"))
+    slice_gain = AUTO_SLICE_GAIN if gate.min_slice_gain == "auto" else gate.min_slice_gain
+    if slice_gain != "off" and (
+        gate.min_slice_gain != "auto" or judged_groups(report["slices"], gate.min_slice_images)
+    ):
+        checks.append(_worst_group(report["slices"], slice_gain, gate.min_slice_images))
     return GateVerdict(tuple(checks))
 
 
-def worst_group(report: Mapping[str, Any], min_images: int) -> tuple[Mapping[str, Any], float] | None:
-    """The group of at least ``min_images`` images with the smallest M(n,o) - M(o,o), and that; None without groups."""
-    gains = [
-        (one["tar"]["new_old"] - one["tar"]["old_old"], number)
-        for number, one in enumerate(report["slices"])
-        if one["num_images"] >= min_images and {"old_old", "new_old"} <= one["tar"].keys()
-    ]
-    if not gains:
-        return None
-    gain, number = min(gains)
-    return report["slices"][number], gain
+def judged_groups(slices: Sequence[Mapping[str, Any]], min_images: int) -> list[Mapping[str, Any]]:
+    """The groups of at least ``min_images`` images whose gain has an interval, the one with the smallest gain first."""
+    large = [one for one in slices if one["num_images"] >= min_images and one["gain"] is not None]
+    return sorted(large, key=lambda one: float(one["gain"]["value"]))
+
+
+def _worst_group(slices: Sequence[Mapping[str, Any]], least: float, min_images: int) -> Check:
+    """No group's interval may lie below ``least``: the worst estimate of many is low by chance alone."""
+    name = "M(n,o) - M(o,o) of the worst group"
+    asked = f"not surely below {least:+.4f}"
+    judged = judged_groups(slices, min_images)
+    if not judged:
+        why = f"no group has {min_images} images of 10 identities" if slices else "not measured"
+        return Check(name, asked, why, None)
+    worst = min(judged, key=lambda one: float(one["gain"]["high"]))
+    if worst["gain"]["high"] >= least:
+        worst = judged[0]
+    gain = worst["gain"]
+    reached = f"{gain['value']:+.4f} ({gain['low']:+.4f} to {gain['high']:+.4f})"
+    return Check(f"{name}, {worst['column']}: {worst['value']}", asked, reached, bool(gain["high"] >= least))
 
 
 def _criterion(report: Mapping[str, Any], tar: Mapping[str, float], confidence: float) -> Check:

@@ -9,11 +9,12 @@ all images, because a deployed system has one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from lce_dist.evaluation.bootstrap import Interval
 from lce_dist.evaluation.counting import count_at_all_levels, level_of
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.mates import Flips, Pair, mates
@@ -28,6 +29,7 @@ Words = npt.NDArray[np.str_]
 class Slice:
     """One value of one column; tar and far by cell. far is None where a group has no impostor pair.
 
+    gain: M(n,o) - M(o,o) and the interval that it has among all groups (group_gains.py); None of too few identities.
     update_gain: of M(n,o) on the way from M(o,o) to M(*,*); None where it is not defined or M(*,*) unknown.
     """
 
@@ -39,6 +41,12 @@ class Slice:
     tar: dict[str, float]
     far: dict[str, float | None]
     flips: dict[str, Flips]
+    gain: Interval | None = None
+
+    @property
+    def loses(self) -> bool:
+        """Whether it is sure that shipping takes from this group."""
+        return self.gain is not None and self.gain.high < 0.0
 
     @property
     def update_gain(self) -> float | None:
@@ -70,6 +78,11 @@ def slices(
         for grouping in groupings:
             grouping.count(some.query_P, accepted, changed)
     return [one for grouping in groupings for one in grouping.slices(query.labels_N, cells, thresholds)]
+
+
+def with_gains(groups: list[Slice], gains: Mapping[tuple[str, str], Interval]) -> list[Slice]:
+    """The groups, each with its gain where that is known."""
+    return [replace(one, gain=gains.get((one.column, one.value))) for one in groups]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from lce_dist.evaluation.backfill import ORDERS, Backfill, backfill
-from lce_dist.evaluation.bootstrap import Interval, count_by_identity, interval, resampled_tars
+from lce_dist.evaluation.bootstrap import Interval, count_by_identity, interval, resample
 from lce_dist.evaluation.embeddings import whole_identities
+from lce_dist.evaluation.group_gains import Draw, group_gains
 from lce_dist.evaluation.mates import Flips, Pair, flips_at, mates
 from lce_dist.evaluation.matrix import Verdict, criterion, report_entries
 from lce_dist.evaluation.metrics import PairResult, far_key
 from lce_dist.evaluation.scores import Cells, PScores, p_scores
-from lce_dist.evaluation.slices import Slice, Words, slices
+from lce_dist.evaluation.slices import Slice, Words, slices, with_gains
 
 # what users live through: new queries in the gallery as it is, and after it was re-encoded
 CHANGES = {"shipped": ("old_old", "new_old"), "re_encoded": ("old_old", "new_new")}
@@ -75,7 +76,7 @@ def examine(
     Errors: RunError of ``criterion``, ``slices`` and ``backfill``. **Memory**: of those, one after the other.
     """
     thresholds = {key: result.threshold_at_far[far_key(far)] for key, result in matrix.items()}
-    intervals, confidence, drawn = _intervals(matrix, cells, far, seed)
+    intervals, confidence, draw, drawn = _intervals(matrix, cells, far, seed)
     kept: dict[str, Kept] = {}
     flips = {name: Flips(0, 0, 0) for name in CHANGES}
     groups: list[Slice] = []
@@ -88,7 +89,8 @@ def examine(
             for name, (before, after) in CHANGES.items():
                 flips[name] += flips_at(some, before, after, thresholds)
         curves = backfill(cells["new_old"], cells["new_new"], cells["old_old"][1], far, seed)
-        groups = slices(judged, thresholds, columns, CHANGES)
+        gains = group_gains(judged, thresholds, columns, draw, _NUM_SAMPLES, seed)
+        groups = with_gains(slices(judged, thresholds, columns, CHANGES), gains)
     return Upgrade(
         dict(matrix),
         criterion(matrix, far),
@@ -107,13 +109,15 @@ def examine(
 
 def _intervals(
     matrix: Mapping[str, PairResult], cells: Mapping[str, Pair], far: float, seed: int
-) -> tuple[dict[str, Interval], float | None, int]:
+) -> tuple[dict[str, Interval], float | None, Draw | None, int]:
     # cells of one vector an identity have other rows; only those of the same images are drawn together
     images = cells["new_new"][0].sample_ids_N
     names = [key for key in matrix if all(np.array_equal(one.sample_ids_N, images) for one in cells[key])]
     chosen = whole_identities(cells["new_new"][0], _MOST_IMAGES_DRAWN, seed)
     pairs = {key: (cells[key][0].rows(chosen), cells[key][1].rows(chosen)) for key in names}
-    tar_CB = resampled_tars([count_by_identity(*pairs[key], far) for key in names], _NUM_SAMPLES, seed)
+    counts = {key: count_by_identity(*pairs[key], far) for key in names}
+    resampled = resample(list(counts.values()), _NUM_SAMPLES, seed)
+    tar_CB = resampled.tar_CB
     value = {key: matrix[key].tar_at_far[far_key(far)] for key in names}
     row = {key: tar_CB[number] for number, key in enumerate(names)}
     found = {key: interval(value[key], row[key]) for key in names}
@@ -124,7 +128,10 @@ def _intervals(
     if {"old_old", "new_old"} <= row.keys():
         known = ~np.isnan(row["new_old"] - row["old_old"])
         confidence = float(np.mean(row["new_old"][known] > row["old_old"][known]))
-    return found, confidence, len(chosen)
+    draw = None
+    if len(chosen) == len(images) and {"old_old", "new_old"} <= row.keys():  # groups of the same images
+        draw = Draw(resampled, counts, dict(zip(names, resampled.chosen_CB, strict=True)))
+    return found, confidence, draw, len(chosen)
 
 
 def _p_scores(matrix: Mapping[str, PairResult], far: float, others: Mapping[str, Cells]) -> PScores | None:
@@ -144,10 +151,7 @@ def upgrade_entries(upgrade: Upgrade) -> dict[str, Any]:
         "reasons": list(upgrade.verdict.reasons),
         "update_gain": upgrade.verdict.update_gain,
         "confidence": upgrade.confidence,
-        "intervals": {
-            name: {"value": one.value, "low": one.low, "high": one.high, "level": one.level}
-            for name, one in upgrade.intervals.items()
-        },
+        "intervals": {name: _interval_entry(one) for name, one in upgrade.intervals.items()},
         "images_drawn_for_intervals": upgrade.drawn,
         "old_threshold_kept": {
             key: {"far": one.far, "tar": one.tar, "old_threshold": one.old_threshold, "threshold": one.threshold}
@@ -163,6 +167,7 @@ def upgrade_entries(upgrade: Upgrade) -> dict[str, Any]:
                 "num_genuine": one.num_genuine,
                 "tar": one.tar,
                 "far": one.far,
+                "gain": None if one.gain is None else _interval_entry(one.gain),
                 "update_gain": one.update_gain,
                 "flips": {name: _flips_entry(flips) for name, flips in one.flips.items()},
             }
@@ -183,6 +188,10 @@ def upgrade_entries(upgrade: Upgrade) -> dict[str, Any]:
         p = upgrade.p
         entries["p_scores"] = {"p_comp": p.p_comp, "p_up": p.p_up, "p_1": p.p_1, "undefined": list(p.undefined)}
     return entries
+
+
+def _interval_entry(one: Interval) -> dict[str, float]:
+    return {"value": one.value, "low": one.low, "high": one.high, "level": one.level}
 
 
 def _flips_entry(flips: Flips) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _ORDER_LOOKS: dict[Order, tuple[str, str, str]] = {
     "farthest_from_centre_first": ("#0072b2", "-.", "farthest from centre first"),
 }
 _CHANGE_TITLES = {"shipped": "new queries,\ngallery as it is", "re_encoded": "gallery\nre-encoded"}
-_LOST, _WON = "#b2182b", "#1b7837"
+_LOST, _WON, _UNSURE = "#b2182b", "#1b7837", "#8c8c8c"
 _MOST_GROUPS = 40
 
 
@@ -106,7 +106,10 @@ def backfill_curves(curves: Backfill) -> Figure:
 
 
 def groups_plot(groups: Sequence[Slice], far: float) -> Figure:
-    """TAR of each group in the old state, as shipped, and re-encoded; a red line where shipping loses. Of more than 40 the worst."""
+    """TAR of each group in the old state, as shipped, and re-encoded, and the interval of the gain. Of more than 40 the worst.
+
+    Green, red: shipping gains or loses beyond what chance does among so many groups; grey: neither.
+    """
     shown = groups
     if len(groups) > _MOST_GROUPS:
         worst = sorted(groups, key=lambda one: one.tar.get("new_old", 0.0) - one.tar.get("old_old", 0.0))[:_MOST_GROUPS]
@@ -126,8 +129,12 @@ def groups_plot(groups: Sequence[Slice], far: float) -> Figure:
             names.append(wrapped(one.column, 24))
             row += 1.0
         if {"old_old", "new_old"} <= one.tar.keys():
-            lost = one.tar["new_old"] < one.tar["old_old"]
-            axes.plot([one.tar["old_old"], one.tar["new_old"]], [row, row], color=_LOST if lost else _WON, linewidth=3)
+            sure = one.gain is not None and one.gain.low > 0.0
+            colour = _LOST if one.loses else _WON if sure else _UNSURE
+            axes.plot([one.tar["old_old"], one.tar["new_old"]], [row, row], color=colour, linewidth=3)
+            if one.gain is not None:
+                ends = one.tar["old_old"] + one.gain.low, one.tar["old_old"] + one.gain.high
+                axes.plot(ends, [row, row], color=colour, linewidth=1, marker="|", markersize=8, zorder=1)
         for key in cells:
             axes.plot(one.tar[key], row, "o", color=PAIR_COLOURS[key], markersize=7, markeredgecolor="white")
         ticks.append(row)
@@ -147,7 +154,8 @@ def groups_plot(groups: Sequence[Slice], far: float) -> Figure:
     handles = [
         Line2D([], [], color=PAIR_COLOURS[key], marker="o", linestyle="", label=pair_label(key)) for key in cells
     ]
-    handles += [Line2D([], [], color=_WON, linewidth=3, label="shipping gains")]
-    handles += [Line2D([], [], color=_LOST, linewidth=3, label="shipping loses")]
+    looks = ((_WON, "shipping gains"), (_LOST, "shipping loses"), (_UNSURE, "may be chance"))
+    handles += [Line2D([], [], color=colour, linewidth=3, label=label) for colour, label in looks]
+    handles += [Line2D([], [], color="black", linewidth=1, marker="|", label="new/old, interval\nof the gain")]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9)
     return figure

@@ -140,7 +140,17 @@ def test_other_bounds_json_and_refusals(tmp_path: Path, capsys: pytest.CaptureFi
         assert what in caught and caught.count("\n") == 1, caught
     report = run_dir / "report.json"
     (tmp_path / "kept.json").write_bytes(report.read_bytes())
+    held = json.loads(report.read_text())
+    report.write_text(json.dumps({**held, "slices": []}))
+    assert verdict()[0] == 0
+    code, entry = verdict("--set", "gate.min_slice_gain=0.5", "--set", "gate.min_self_ratio=0.99")
+    assert code == 1 and [check["reached"] for check in entry["checks"]].count("not measured") == 2
+    no_tar = {**held, "new_old": {**held["new_old"], "tar_at_far": {}}}
     for content, what in (
+        (json.dumps({key: held[key] for key in held if key != "new_new"}).encode(), "has no 'new_new'"),
+        (json.dumps({key: held[key] for key in held if key != "slices"}).encode(), "has no 'slices'"),
+        (json.dumps(no_tar).encode(), "is damaged (KeyError: '0.01')"),
+        (json.dumps({**held, "slices": [7]}).encode(), "is damaged (TypeError"),
         (b'{"version": 1}', "is of version 1"),
         (b"{}", "is of version None"),
         (b"\xff\xfe", "is damaged"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from pydantic import ValidationError
 from launch.html_report import html_report
 from launch.report import draw_figures
 from lce_dist.config import GateConfig
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError
 from lce_dist.evaluation.answers import answers_of
+from lce_dist.evaluation.bootstrap import Interval
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.gate import judge
 from lce_dist.evaluation.matrix import build_matrix, cells_of
@@ -65,7 +67,11 @@ def test_every_part_is_that_of_its_own_function(upgrade: Upgrade) -> None:
         assert (tar_K[0], tar_K[-1]) == (tar["new_old"], tar["new_new"])
     cells = {key: pair for key, pair in cells_of(OLD, NEW, ALONE).items() if key != "independent_old"}
     thresholds = {key: result.threshold_at_far["0.01"] for key, result in upgrade.matrix.items()}
-    assert list(upgrade.slices) == slices(cells, thresholds, COLUMNS, CHANGES)
+    plain = [dataclasses.replace(one, gain=None) for one in upgrade.slices]
+    assert plain == slices(cells, thresholds, COLUMNS, CHANGES)
+    for group in upgrade.slices:
+        assert group.gain is not None and group.gain.low < group.gain.value < group.gain.high
+        assert group.gain.value == pytest.approx(group.tar["new_old"] - group.tar["old_old"], abs=1e-12)
     for name in ("old_old", "new_old", "new_old_minus_old_old", "new_new_minus_independent"):
         one = upgrade.intervals[name]
         assert one.low < one.value < one.high
@@ -96,7 +102,7 @@ def gate(**values: Any) -> GateConfig:
 
 def test_each_check_passes_and_fails_on_its_own_number(report: dict[str, Any]) -> None:
     tar = {key: report[key]["tar_at_far"]["0.01"] for key in ("old_old", "new_old", "new_new", "independent_new")}
-    worst = min(one["tar"]["new_old"] - one["tar"]["old_old"] for one in report["slices"])
+    worst = min(one["gain"]["high"] for one in report["slices"])
     turns = {
         "confidence": (report["confidence"], 1),
         "min_self_gain": (tar["new_new"] - tar["old_old"], 1),
@@ -127,12 +133,18 @@ def test_small_groups_and_missing_models_are_not_judged(report: dict[str, Any]) 
     assert [check.passed for check in unknown.checks] == [
         None
     ] and not unknown.passed  # what cannot be told does not pass
-    assert judge({**report, "slices": []}, gate(min_slice_gain=0.9)).checks == ()  # without attributes nothing is asked
-    del report["independent_new"]
-    assert judge(report, gate(min_self_ratio=5.0)).checks == ()
+    # "auto" asks where there is something to ask, a bound that somebody wrote is asked always
+    bare = {key: value for key, value in report.items() if key != "independent_new"} | {"slices": []}
+    auto = gate(min_slice_gain="auto", min_self_ratio="auto")
+    assert [check.asked for check in judge(report, auto).checks] == ["at least 0.9700", "not surely below -0.0200"]
+    assert judge(bare, auto).checks == () == judge(bare, gate()).checks
+    assert GateConfig().min_slice_gain == GateConfig().min_self_ratio == "auto"
+    for bound in ({"min_slice_gain": 0.5}, {"min_slice_gain": -0.02}, {"min_self_ratio": 0.5}):
+        (check,) = judge(bare, gate(**bound)).checks
+        assert (check.passed, check.reached) == (None, "not measured")
     assert not judge(report, gate()).passed  # nothing asked is nothing passed
     del report["flips"]
-    with pytest.raises(RunError, match="earlier version"):
+    with pytest.raises(DataError, match="earlier version"):
         judge(report, gate())
 
 
@@ -149,13 +161,24 @@ def test_the_answers_name_numbers_and_losers(report: dict[str, Any]) -> None:
     assert (
         f"{report['old_old']['tar_at_far']['0.01']:.3f} to {report['new_old']['tar_at_far']['0.01']:.3f}" in said.gain
     )
-    assert "No group of 100 images or more loses" in said.losers
+    assert (
+        "No group of 100 images or more is sure to lose. The smallest gain of those is that of cover: " in said.losers
+    )
     assert f"{report['old_threshold_kept']['new_old']['threshold']:.4f}" in said.changes
-    report["slices"][0]["tar"]["new_old"] = report["slices"][0]["tar"]["old_old"] - 0.125
+    # the worst estimate alone accuses nobody
+    report["slices"][0]["gain"] |= {"value": -0.125, "low": -0.3, "high": 0.05}
     verdict = judge(report, GateConfig())
     said = answers_of(report, verdict, 100)
-    assert said.safe.startswith("No: 1 of 5 checks failed (M(n,o) - M(o,o) of the worst group, cover: mask: -0.1250")
-    assert "Groups that lose: cover: mask (-0.125)" in said.losers
+    assert verdict.passed and "is sure to lose" in said.losers
+    assert "is that of cover: mask (-0.125, -0.300 to +0.050), which may be chance." in said.losers
+    report["slices"][0]["gain"] |= {"value": -0.125, "low": -0.21, "high": -0.04}
+    verdict = judge(report, GateConfig())
+    said = answers_of(report, verdict, 100)
+    assert said.safe.startswith(
+        "No: 1 of 5 checks failed (M(n,o) - M(o,o) of the worst group, cover: mask: -0.1250 (-0.2100 to -0.0400), asked"
+    )
+    assert "Groups that lose: cover: mask (-0.125, -0.210 to -0.040). The smallest gain of the others" in said.losers
+    assert "chance" not in said.losers
 
 
 def test_the_page_needs_nothing_else_and_shows_everything(
@@ -177,7 +200,8 @@ def test_the_page_needs_nothing_else_and_shows_everything(
 def test_many_groups_are_drawn_worst_first_and_a_dollar_is_a_dollar() -> None:
     def group(number: int) -> Slice:
         tar = {"old_old": 0.5, "new_old": 0.5 + number / 1000, "new_new": 0.9}
-        return Slice("income in $", f"{number} $", 100, 10, 300, tar, {}, {})
+        gain = Interval(number / 1000, number / 1000 - 0.01, number / 1000 + 0.01, 0.95)
+        return Slice("income in $", f"{number} $", 100, 10, 300, tar, {}, {}, gain)
 
     figure = groups_plot([group(number) for number in range(90)], FAR)
     figure.canvas.draw()
