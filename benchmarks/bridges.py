@@ -130,9 +130,8 @@ def tasks_of(
     fits: dict[tuple[str, int, int], Task] = {}
     models: dict[int, tuple[Task, Task]] = {}
     for seed in sizes.seeds:
-        old, new = (
-            model_task(study, sizes.source, side, role, seed) for side, role in zip(sides, ("old", "new"), strict=True)
-        )
+        old = model_task(study, sizes.source, sides[0], "old", seed)
+        new = model_task(study, sizes.source, sides[1], "new", seed)
         models[seed] = (old, new)
         tasks += [old, new]
         for count in sizes.counts:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,14 @@ from benchmarks.compatibility_data import Source, decode_once, faces, load_pictu
 from benchmarks.compatibility_plan import (
     SCENARIOS,
     Budget,
+    Contestant,
     Plan,
     Study,
     contestants,
     plan_of,
 )
 from benchmarks.compatibility_report import Row, marks_of, rows_of, save_picture, summary_of, table_of
+from benchmarks.compatibility_tuning import SCENARIO, SEED, SHARE, Tuned, tune, tuning_source, tuning_table
 from benchmarks.compatibility_work import Results, perform_all
 from benchmarks.record import Mark, file_stem, write_record
 from lce_dist.errors import LceError
@@ -47,7 +51,7 @@ def study_of(arguments: argparse.Namespace) -> tuple[tuple[Source, ...], dict[st
     return tuple(sources), budgets
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few faces, two scenarios, one seed; judges no quality")
     parser.add_argument(
@@ -63,7 +67,7 @@ def main() -> int:
     parser.add_argument("--cost", action="store_true", help="only what LCE's terms add to a step")
     parser.add_argument("--work", type=Path, default=Path("runs/compatibility"), help="where finished cells are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.cost:
         return cost(arguments)
     try:
@@ -90,29 +94,48 @@ def study(arguments: argparse.Namespace) -> int:
     fingerprints = {name: load_pictures(*pair).fingerprint for name, pair in folders.items()}
     scenarios = tuple(s for s in SCENARIOS if not arguments.quick or s.name in _QUICK_SCENARIOS)
     seeds = (1,) if arguments.quick else (1, 2, 3)
-    plan = plan_of(Study(sources, fingerprints, budgets, scenarios, contestants(), seeds), _chosen(arguments.only))
+    study = Study(sources, fingerprints, budgets, scenarios, contestants(), seeds)
+    chosen = _chosen(arguments.only)
     results = Results(work / "cells")
     failed: dict[str, str] = {}
-    if not arguments.report:
-        todo = (start, (folders, work / "models"), arguments.processes)
-        failed = perform_all(plan.tasks, results, *todo, lambda line: print(line, flush=True))
-    rows = rows_of(plan.cells, results.get)
-    return report(arguments, plan, rows, failed)
+    for source, folder in list(folders.values()):
+        folders[tuning_source(source).name] = (tuning_source(source), folder)
+
+    def perform(plan: Plan) -> None:
+        if not arguments.report:
+            todo = (start, (folders, work / "models"), arguments.processes)
+            failed.update(perform_all(plan.tasks, results, *todo, lambda line: print(line, flush=True)))
+
+    tuned = tune(study, _to_tune(study, chosen), results.get, perform)
+    plan = plan_of(replace(study, weights={key: one.chosen for key, one in tuned.items()}), chosen)
+    perform(plan)
+    return report(arguments, list(tuned.values()), rows_of(plan.cells, results.get), failed)
+
+
+def _to_tune(study: Study, chosen: Callable[[str], bool]) -> list[tuple[Source, Contestant]]:
+    """Whose weights the chosen cells need."""
+    needed = dict.fromkeys(
+        (cell.source, cell.contestant)
+        for cell in plan_of(study, chosen).cells
+        if cell.contestant.tuned and cell.refused is None
+    )
+    sources = {source.name: source for source in study.sources}
+    return [(sources[name], contestant) for name, contestant in needed]
 
 
 _QUICK_SCENARIOS = ("extended-class", "dimension: 128 to 512")
 
 
-def _chosen(patterns: list[str]) -> Any:
+def _chosen(patterns: list[str]) -> Callable[[str], bool]:
     compiled = [re.compile(pattern, re.IGNORECASE) for pattern in patterns]
     return lambda place: all(pattern.search(place) for pattern in compiled)
 
 
-def report(arguments: argparse.Namespace, plan: Plan, rows: list[Row], failed: dict[str, str]) -> int:
+def report(arguments: argparse.Namespace, tuned: list[Tuned], rows: list[Row], failed: dict[str, str]) -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     stem = file_stem(NAME + ("-quick" if arguments.quick else ""))
-    table = summary_of(rows) + table_of(rows)
+    table = summary_of(rows) + table_of(rows) + tuning_table(tuned)
     (out / f"{stem}.md").write_text(table)
     for source in dict.fromkeys(row.source for row in rows):
         save_picture(rows, source, out / f"{stem}-{source}.png")
@@ -123,7 +146,8 @@ def report(arguments: argparse.Namespace, plan: Plan, rows: list[Row], failed: d
     marks = [Mark("places that are not done", float(len(missing)), "== 0", not missing)]
     if not arguments.quick:
         marks += marks_of(rows)
-    raw = {"quick": arguments.quick, "rows": [_plain(row) for row in rows], "failed": failed}
+    tuning = {"seed": SEED, "share": SHARE, "scenario": SCENARIO.name, "weights": [one.plain() for one in tuned]}
+    raw = {"quick": arguments.quick, "tuning": tuning, "rows": [_plain(row) for row in rows], "failed": failed}
     return write_record(NAME, out, marks, raw, stem)
 
 

@@ -149,6 +149,7 @@ class Desk:
                 trained,
                 _seed(job.seed, "bridge") >> 32,
                 "study",
+                ("new", job.old),
                 _WORLD,
                 lambda event: None,
             )
@@ -170,6 +171,7 @@ class Desk:
             new_dim=config.new.embedding_dim,
             old_dim=config.old.embedding_dim,
             seed=_seed(job.seed, "method"),
+            steps=job.steps,
             world=_WORLD,
         )
         method = build_method(config.compat.method, inputs)

@@ -107,6 +107,7 @@ def _contestants(num_classes: int, world: World) -> dict[str, _Contestant]:
                 new_dim=DIM,
                 old_dim=DIM,
                 seed=1,
+                steps=1000,
                 world=world,
             )
             method = build_method("lce", inputs)

@@ -31,11 +31,16 @@ _BLOCK_ROWS = 256
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the study: where it comes from, its size, how many identities nobody trains on."""
+    """One data set of the study: where it comes from, its size, how many identities nobody trains on.
+
+    tuning_share: with more than 0 that share of the training identities is tested on, and not trained on, in place of
+    the test identities, which are then in no use at all.
+    """
 
     name: str
     data: DataConfig
     augment: AugmentConfig
+    tuning_share: float = 0.0
 
 
 def faces(identities: int, photos: int, image_size: int, tested: int, difficulty: float) -> Source:
@@ -107,7 +112,7 @@ def decode_once(source: Source, directory: Path) -> Path:
     np.save(folder / "pixels.npy", pixels)
     np.save(folder / "labels.npy", view.labels)
     partial = folder / "identities.partial"
-    partial.write_text(json.dumps({"keys": view.identities, "fingerprint": dataset.fingerprint}))
+    partial.write_text(json.dumps({"keys": list(view.identities), "fingerprint": dataset.fingerprint}))
     partial.replace(folder / "identities.json")
     return folder
 
@@ -127,8 +132,13 @@ def pictures_of(
     chance = np.random.default_rng(derive_key(source.data.split_seed, len(keys)))
     is_tested_C = np.zeros(len(keys), dtype=bool)
     is_tested_C[chance.permutation(len(keys))[: source.data.heldout_identities]] = True
-    is_tested_N = is_tested_C[identity_N]
-    tested, trained = (np.flatnonzero(flag).astype(np.int64) for flag in (is_tested_N, ~is_tested_N))
+    is_trained_C = ~is_tested_C
+    if source.tuning_share > 0.0:
+        held_C = chance.permutation(np.flatnonzero(is_trained_C))
+        held_C = held_C[: round(source.tuning_share * len(held_C))]
+        is_tested_C[:] = False
+        is_tested_C[held_C], is_trained_C[held_C] = True, False
+    tested, trained = (np.flatnonzero(flag[identity_N]).astype(np.int64) for flag in (is_tested_C, is_trained_C))
     return Pictures(source, pixels_NCHW, identity_N, keys, fingerprint, tested, trained)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,23 +67,46 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to compatibility; compat: what its run has in the section [compat] (None: no compatibility at all)."""
+    """A way to compatibility; compat: what its run has in the section [compat] (None: no compatibility at all).
+
+    tuned: its one weight is chosen before the study (compatibility_tuning.py). scenarios: where it takes part (None: in
+    all).
+    """
 
     name: str
     kind: Literal["none", "training", "mapping"]
     compat: tuple[tuple[str, Any], ...] = ()
+    tuned: bool = False
+    scenarios: tuple[str, ...] | None = None
+
+    @property
+    def weight_key(self) -> str:
+        """The key of [compat] that holds its one weight."""
+        return "method_weight" if "method" in dict(self.compat) else "align_weight"
 
 
 # its mode is one that every scenario allows; nothing of it is used
 INDEPENDENT = Contestant("independent", "none", (("mode", "training-backward"),))
 LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD = "LCE direct", "LCE backward", "LCE forward"
+LCE_DEFAULT = "LCE direct, default weights"
 MAP_BACKWARD, MAP_FORWARD = "mapping backward, chosen T", "mapping forward, chosen T"
+# what is no choice of anybody who reads the others' rows is shown where one change of each sort is: the study is two hours
+_FEW = ("extended-class", "open-class", "network: small to large")
 _TRAINED = (
-    Contestant(LCE_DIRECT, "training", (("mode", "training-direct"),)),
-    Contestant(LCE_BACKWARD, "training", (("mode", "training-backward"),)),
-    Contestant(LCE_FORWARD, "training", (("mode", "training-forward"),)),
-    Contestant("LCE direct, paper", "training", (("mode", "training-direct"), ("preset", "paper"))),
-    Contestant("LCE direct, reference", "training", (("mode", "training-direct"), ("preset", "reference-code"))),
+    Contestant(LCE_DIRECT, "training", (("mode", "training-direct"),), tuned=True),
+    Contestant(LCE_BACKWARD, "training", (("mode", "training-backward"),), tuned=True),
+    Contestant(LCE_FORWARD, "training", (("mode", "training-forward"),), tuned=True),
+    Contestant(LCE_DEFAULT, "training", (("mode", "training-direct"),)),
+    *(
+        Contestant(
+            f"LCE {manner}, {words}",
+            "training",
+            (("mode", f"training-{manner}"), ("preset", preset)),
+            scenarios=_FEW if manner == "direct" else _FEW[:1],
+        )
+        for preset, words in (("paper", "paper"), ("reference-code", "reference"))
+        for manner in (("direct", "backward", "forward") if preset == "paper" else ("direct",))
+    ),
 )
 
 
@@ -95,7 +118,8 @@ def contestants() -> tuple[Contestant, ...]:
             continue
         for manner in sorted(method.card.manners):
             title = name if manner == "direct" else f"{name} {manner}"
-            rivals.append(Contestant(title, "training", (("method", name), ("mode", f"training-{manner}"))))
+            compat = (("method", name), ("mode", f"training-{manner}"))
+            rivals.append(Contestant(title, "training", compat, tuned=True))
     maps = [Contestant("mapping direct, procrustes", "mapping", (("mode", "mapping-direct"),))]
     for manner, chosen in (("backward", MAP_BACKWARD), ("forward", MAP_FORWARD)):
         for bridge in ("auto", "procrustes", "least_squares", "paper", *(("fct",) if manner == "forward" else ())):
@@ -104,7 +128,8 @@ def contestants() -> tuple[Contestant, ...]:
             settings: list[tuple[str, Any]] = [("bridge", bridge), ("mode", f"mapping-{manner}")]
             if bridge != "auto":  # nothing is chosen: fewer identities have to be held out in turn
                 settings.append(("bridge_heldout", 0.5))
-            maps.append(Contestant(title, "mapping", tuple(sorted(settings))))
+            few = _FEW if bridge in ("paper", "fct") else None
+            maps.append(Contestant(title, "mapping", tuple(sorted(settings)), scenarios=few))
     return (INDEPENDENT, *_TRAINED, *rivals, *maps)
 
 
@@ -121,7 +146,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Study:
-    """What runs; fingerprints: of the data sets."""
+    """What runs; fingerprints: of the data sets. weights: of contestants that are tuned, by (source, contestant)."""
 
     sources: tuple[Source, ...]
     fingerprints: dict[str, str]
@@ -129,6 +154,7 @@ class Study:
     scenarios: tuple[Scenario, ...]
     contestants: tuple[Contestant, ...]
     seeds: tuple[int, ...]
+    weights: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,7 +185,7 @@ class CellJob:
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the tables: its task, or the reason why there is none."""
+    """A place in the tables: its task, or the reason why there is none; neither where its weight is not tuned yet."""
 
     source: str
     scenario: Scenario
@@ -187,6 +213,8 @@ def plan_of(study: Study, chosen: Callable[[str], bool]) -> Plan:
                 old = model_task(study, source, scenario.old, "old", seed)
                 new = model_task(study, source, scenario.new, "new", seed)
                 for contestant in study.contestants:
+                    if contestant.scenarios is not None and scenario.name not in contestant.scenarios:
+                        continue
                     if not chosen(f"{source.name}, {scenario.name}, {contestant.name}, seed {seed}"):
                         continue
                     tasks |= {old.key: old, new.key: new}
@@ -220,8 +248,12 @@ def _cell(
     def refused(reason: str) -> Cell:
         return Cell(source.name, scenario, contestant, seed, None, reason, old, independent)
 
+    compat = dict(contestant.compat)
+    weight = study.weights.get((source.name, contestant.name))
+    if contestant.tuned and weight is not None:
+        compat[contestant.weight_key] = weight
     try:
-        config = _config(study, source, scenario.old, scenario.new, dict(contestant.compat), seed)
+        config = _config(study, source, scenario.old, scenario.new, compat, seed)
     except ConfigError as error:
         return refused(str(error).removeprefix("study: "))
     if (
@@ -230,6 +262,8 @@ def _cell(
         and scenario.old.dim != scenario.new.dim
     ):
         return refused(f"{config.compat.bridge} keeps angles, so both dimensions must be equal")
+    if contestant.tuned and weight is None:
+        return Cell(source.name, scenario, contestant, seed, None, None, old, independent)
     steps = study.budgets[source.name].new_steps
     settings = {
         **_common(study, source, config),
@@ -279,7 +313,9 @@ def _config(study: Study, source: Source, old: Side, new: Side, compat: dict[str
 
 def _common(study: Study, source: Source, config: Config) -> dict[str, Any]:
     sections = ("augment", "head", "optim", "new", "old")
+    tuning = {"tuning_share": source.tuning_share} if source.tuning_share > 0.0 else {}
     return {
+        **tuning,
         "version": VERSION,
         "data": study.fingerprints[source.name],
         "tested": source.data.heldout_identities,
@@ -304,6 +340,8 @@ def _code_of(contestant: Contestant, config: Config) -> str:
         files = [package.parent / name for name in ("bridges.py", "closed_form.py", "fit.py")]
     elif contestant.kind == "training":
         files = [Path(inspect.getfile(methods.METHODS[config.compat.method].build))]
+        if config.compat.method in ("bct", "unibct", "rbt"):
+            files.append(package.parent / "frozen_rows.py")
         if config.compat.method == "lce":
             files += [package.parent / name for name in ("lce.py", "transformed.py")]
             if config.compat.manner != "direct":

@@ -228,7 +228,8 @@ def main() -> int:
         )
     if not arguments.quick:  # a sample of fixed size weighs on the smallest
         logs = [(math.log(one["images"] ** 2), math.log(one["seconds"]["new_old"])) for one in sizes]
-        slope = float(np.polyfit(*zip(*logs, strict=True), 1)[0])
+        over, seconds = zip(*logs, strict=True)
+        slope = float(np.polyfit(over, seconds, 1)[0])
         marks.append(Mark("growth: slope of log seconds over log pairs", slope, "0.9 to 1.1", 0.9 <= slope <= 1.1))
     for one in sizes:
         if one["images"] ** 2 == PAIRS_ASKED:

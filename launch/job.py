@@ -239,6 +239,7 @@ def _compatibility(job: Job, old: OldModel, view: View, world: World, report: Re
     space = _old_space(job, old, view, world, report)
     centres = torch.float16 if config.compat.centres == "fp16" else torch.float32
     space = space.to(world.device, centres)
+    plan = plan_stage(config, len(view.sample_ids), len(view.identities), config.new.epochs, world.size)
     inputs = MethodInputs(
         config=config.compat,
         head=config.head,
@@ -247,6 +248,7 @@ def _compatibility(job: Job, old: OldModel, view: View, world: World, report: Re
         new_dim=config.new.embedding_dim,
         old_dim=config.old.embedding_dim,
         seed=_seed_of(config, "method"),
+        steps=plan.total_steps,
         world=world,
     )
     method = build_method(config.compat.method, inputs)

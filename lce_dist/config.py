@@ -272,6 +272,7 @@ class CompatConfig(_Section):
     preset: Literal["default", "paper", "reference-code"] = "default"
     align_weight: Annotated[float, Field(ge=0.0)] = 128.0
     boundary_weight: Annotated[float, Field(ge=0.0)] = 4.0
+    pair_weight: Annotated[float, Field(ge=0.0)] = 0.0
     boundary: Literal["cos", "angle"] = "cos"
     boundary_policy: Literal["max", "percentile", "iqr"] = "max"
     boundary_percentile: Annotated[float, Field(gt=0.0, le=100.0)] = 95.0
@@ -334,11 +335,18 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {
         "align_weight": 10.0,
         "boundary_weight": 10.0,
+        "pair_weight": 0.0,
         "boundary": "angle",
         "boundary_policy": "max",
         "bridge": "paper",
     },
-    "reference-code": {"boundary": "cos", "boundary_policy": "max", "boundary_weight": 1.0, "bridge": "paper"},
+    "reference-code": {
+        "boundary": "cos",
+        "boundary_policy": "max",
+        "boundary_weight": 1.0,
+        "pair_weight": 0.0,
+        "bridge": "paper",
+    },
 }
 
 

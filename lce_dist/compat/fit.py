@@ -25,7 +25,7 @@ from lce_dist.compat.bridges import Bridge, Kind, build_bridge
 from lce_dist.compat.closed_form import PairSums, class_centres, least_squares, procrustes
 from lce_dist.errors import RunError
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _BATCH, _EPOCHS, _MOST_STEPS, _LR = 512, 30, 2000, 1e-3
 _LEAST_HELDOUT = 8  # identities; fewer cannot tell maps apart
 _ENOUGH_HELDOUT, _MOST_FOLDS = 150, 4  # where one fold holds out fewer, others are fitted and judged too

@@ -26,7 +26,8 @@ HEAD = {"loss": "cosface", "margin_cos": 0.2, "scale": 8.0, "chunk_classes": 4}
 
 
 def compat_of(mode: str, kind: str) -> CompatConfig:
-    return CompatConfig(mode=mode, align_weight=3.0, boundary_weight=2.0, boundary=kind, align_share=0.5)
+    weights = {"align_weight": 3.0, "boundary_weight": 2.0, "pair_weight": 1.5}
+    return CompatConfig.model_validate({"mode": mode, "boundary": kind, "align_share": 0.5, **weights})
 
 
 def module(inputs: int, outputs: int, seed: int) -> nn.Module:
@@ -109,10 +110,12 @@ def plain(mode: str, kind: str, rate: float) -> dict[str, torch.Tensor]:
             loss = loss + 3.0 * (1.0 - 0.5 * (there + here)).sum() * 2 / CLASSES / rate
         if mode.endswith("backward"):
             far = outside(bound[labels], (F.normalize(back(unit)) * centres[labels]).sum(1), kind)
+            pair = 1.0 - (F.normalize(back(unit)) * old).sum(1)
         else:
             row = F.normalize(rows[labels]).detach()
             far = outside((unit.detach() * row).sum(1), (F.normalize(forth(old)) * row).sum(1), kind)
-        loss = loss + 2.0 * far.mean()
+            pair = 1.0 - (F.normalize(forth(old)) * unit).sum(1)
+        loss = loss + 2.0 * far.mean() + 1.5 * pair.mean()
         losses.append(loss.detach().double())
         sgd.zero_grad()
         rows_sgd.zero_grad()

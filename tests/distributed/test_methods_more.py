@@ -37,7 +37,7 @@ CLASSES, DIM, ROWS, SEED = 9, 6, 14, 11
 SCALE, MARGIN = 8.0, 0.2
 HEAD = HeadConfig(loss="cosface", margin_cos=MARGIN, scale=SCALE, chunk_classes=2)
 SPLITS = [(14,), (5, 9), (14, 0), (6, 0, 8), (1, 4, 9)]  # rows of each rank: ragged, and empty
-STEP = 700
+STEP, STEPS = 700, 4000
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Inputs:
     new_dim: int
     old_dim: int
     seed: int
+    steps: int
     world: World
 
 
@@ -80,7 +81,7 @@ def rounds_of(world: World, block: int = 7) -> list[EmbeddedRows]:
 def inputs_of(world: World, **config: object) -> Inputs:
     space = compute_old_space(lambda: rounds_of(world), CLASSES, DIM, world)
     compat = CompatConfig.model_validate({"method": "x"} | config)
-    return Inputs(compat, HEAD, space, lambda: rounds_of(world, 5), DIM, DIM, SEED, world)
+    return Inputs(compat, HEAD, space, lambda: rounds_of(world, 5), DIM, DIM, SEED, STEPS, world)
 
 
 def head_of(world: World, head: HeadConfig = HEAD) -> ShardedHead:
@@ -223,7 +224,7 @@ def twin_advbct() -> dict[str, torch.Tensor]:
         normal = F.batch_norm(hidden, None, None, method.gain, method.shift, training=True, eps=1e-5)
         return torch.log_softmax(torch.relu(normal) @ method.leave.weight.T + method.leave.bias, 1)
 
-    fooled = -(log_probabilities(unit)[:, 0].mean() + log_probabilities(old)[:, 1].mean())
+    fooled = -(1.0 - STEP / STEPS) * (log_probabilities(unit)[:, 0].mean() + log_probabilities(old)[:, 1].mean())
     excesses = []
     for i in range(ROWS):
         y = int(labels[i])
@@ -241,7 +242,7 @@ def twin_advbct() -> dict[str, torch.Tensor]:
     to_network = torch.autograd.grad(fooled, raw, retain_graph=True)[0]
     inward = torch.autograd.grad(boundary, raw, retain_graph=True)[0]
     learned = torch.autograd.grad(fooled + boundary, values)
-    alpha = 2.0 / (1.0 + math.exp(-STEP / 1000.0)) - 1.0
+    alpha = 2.0 / (1.0 + math.exp(-10.0 * STEP / STEPS)) - 1.0
     half = 4.0 * 0.5
     grads = {name: half * grad for name, grad in zip(names, learned, strict=True)}
     return {"loss": half * (fooled + boundary).detach(), "raw": half * (inward - alpha * to_network), **grads}
@@ -424,7 +425,7 @@ def test_rows_are_replaced_by_seed_step_and_id_alone_on_any_number_of_ranks(run_
 
 
 def test_the_share_of_old_rows_is_the_papers_and_they_send_no_gradient_to_the_network():
-    method = MixBct(torch.arange(0, 100_000, 10), 0.9, MixBct.SHARE, SEED)
+    method = MixBct(torch.arange(0, 100_000, 10), 0.9, MixBct.WEIGHT, SEED)
     ids = torch.arange(100_000)
     replaced = method.replaced(ids, 3)
     assert float(replaced.double().mean()) == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 1e5))
@@ -471,7 +472,7 @@ def cross_rank_one(name: str) -> float:
     space = compute_old_space(lambda: rounds, PEOPLE, 8, world)
     head_config = HeadConfig(loss="cosface", margin_cos=0.2, scale=16.0)
     head = build_head(head_config, OptimConfig(), PEOPLE, 8, 7, world, lambda step: 0.1)
-    inputs = Inputs(CompatConfig(), head_config, space, lambda: rounds, 8, 8, SEED, world)
+    inputs = Inputs(CompatConfig(), head_config, space, lambda: rounds, 8, 8, SEED, STEPS, world)
     makers = {"unibct": UniBct.build, "advbct": AdvBct.build, "mixbct": MixBct.build}
     torch.manual_seed(3)
     method: Method = Method()

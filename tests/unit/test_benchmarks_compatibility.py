@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.compatibility import main
 from benchmarks.compatibility_data import Pictures, Share, augmented, faces, part_of, pictures_of
 from benchmarks.compatibility_plan import (
     ALL,
@@ -31,6 +32,7 @@ from benchmarks.compatibility_plan import (
     plan_of,
 )
 from benchmarks.compatibility_report import Row, dominating, marks_of, picture_of, rows_of, table_of
+from benchmarks.compatibility_tuning import SHARE, first_tries, last_try, tune, tuning_source, tuning_table
 from benchmarks.compatibility_work import Perform, Result, Results, Task, perform_all
 from lce_dist.config import AugmentConfig
 from pipelines.augment import augment_table, identity_table
@@ -118,27 +120,31 @@ def test_work_goes_on_where_it_ended(tmp_path: Path) -> None:
 
 SIDE = Side("tiny8", 8, "cosface", ALL)
 SCENARIO = Scenario("extended-class", SIDE, SIDE)
-LCE, RIVAL = (Contestant(name, "training", (("mode", "training-direct"),)) for name in (LCE_DIRECT, "bct"))
+OURS = {"direct": LCE_DIRECT, "backward": LCE_BACKWARD, "forward": LCE_FORWARD}
 
 
 def numbers(tar: float) -> dict[str, Any]:
     return {"tar": tar, "rank1": tar / 2, "draws": [tar - 0.01, tar, tar + 0.01]}
 
 
-def judged(lce: tuple[float, float], rival: tuple[float, float]) -> list[Row]:
+def judged(lce: tuple[float, float], rival: tuple[float, float], manner: str = "direct") -> list[Row]:
     """Rows of two seeds with M(o,o) = 0.6, M(*,*) = 0.8; (M(n,o), M(n,n)) of each, the second seed 0.02 higher."""
     cells, files = [], {}
+    mode = (("mode", f"training-{manner}"),)
+    ours, bct = (Contestant(name, "training", mode) for name in (OURS[manner], "bct"))
+    # of another manner, and better on both axes: it is nobody's rival here
+    other = Contestant("l2", "training", (("mode", "training-forward" if manner != "forward" else "training-direct"),))
     for seed in (0, 1):
         old, new = f"old{seed}", f"new{seed}"
         files |= {old: {"numbers": {"self": numbers(0.6)}}, new: {"numbers": {"self": numbers(0.8)}}}
-        for contestant, values in ((INDEPENDENT, None), (LCE, lce), (RIVAL, rival)):
+        for contestant, values in ((INDEPENDENT, None), (ours, lce), (bct, rival), (other, (0.9, 0.9))):
             own = task(f"{contestant.name} {seed}")
             found = {"cross": numbers(0.02)}
             if values is not None:
                 found = {"cross": numbers(values[0] + 0.02 * seed), "self": numbers(values[1] + 0.02 * seed)}
             files[own.key] = {"numbers": found, "about": {}, "seconds": 3.0}
             cells.append(Cell("faces", SCENARIO, contestant, seed, own, None, old, new))
-    refused = Contestant("l2", "training", (("mode", "training-direct"),))
+    refused = Contestant("ract", "training", (("mode", "training-direct"),))
     cells.append(Cell("faces", SCENARIO, refused, 0, None, "dimensions differ", "old0", "new0"))
     return rows_of(cells, json.loads(json.dumps(files)).get)
 
@@ -155,7 +161,7 @@ def test_numbers_by_hand() -> None:
     assert math.isclose(lce.values["lead"].interval[0], 0.05) and math.isclose(lce.values["lead"].interval[1], 0.05)
     assert lce.values["M(n,o)"].interval[0] < 0.645
     assert math.isclose(rows[INDEPENDENT.name].mean("kept"), 1.0)
-    assert rows["l2"].missing == "refused: dimensions differ"
+    assert rows["ract"].missing == "refused: dimensions differ"
 
 
 def test_plan_shares_models_and_says_what_is_refused() -> None:
@@ -164,7 +170,8 @@ def test_plan_shares_models_and_says_what_is_refused() -> None:
 
     def plan(steps: int, lr: float, only: str) -> Plan:
         budgets = {"faces": replace(budget, new_steps=steps, lr=lr)}
-        study = Study((source,), {"faces": "f" * 64}, budgets, SCENARIOS, contestants(), (1, 2))
+        weights = {("faces", one.name): 1.0 for one in contestants() if one.tuned}
+        study = Study((source,), {"faces": "f" * 64}, budgets, SCENARIOS, contestants(), (1, 2), weights)
         return plan_of(study, lambda place: only in place)
 
     whole = plan(20, 0.1, "")
@@ -177,6 +184,8 @@ def test_plan_shares_models_and_says_what_is_refused() -> None:
     assert {cell.scenario.name for cell in refused} == {"dimension: 128 to 512", "dimension: 512 to 128"}
     assert {"bct", LCE_DIRECT, "mapping backward, procrustes"} <= {cell.contestant.name for cell in refused}
     assert not {LCE_BACKWARD, LCE_FORWARD, INDEPENDENT.name} & {cell.contestant.name for cell in refused}
+    few = {cell.scenario.name for cell in whole.cells if cell.contestant.name == "mapping forward, FCT"}
+    assert few == {"extended-class", "open-class", "network: small to large"}
 
     bct = [
         plan(20, 0.1, "extended-class, bct"),
@@ -192,6 +201,13 @@ def test_plan_shares_models_and_says_what_is_refused() -> None:
 def test_marks_and_dominance_by_hand() -> None:
     good = {mark.name: mark for mark in marks_of(judged((0.64, 0.78), (0.61, 0.79)))}
     assert all(mark.met for mark in good.values()) and len(good) == 3
+    for manner, kept in (
+        ("backward", False),
+        ("forward", False),
+        ("direct", True),
+    ):  # 0.985 of M(*,*): maps must keep 0.99
+        mapped = marks_of(judged((0.60, 0.778), (0.62, 0.79), manner))
+        assert [mark.met for mark in mapped] == [True, kept, False], "a rival of the same manner is better on both axes"
     rows = judged((0.60, 0.75), (0.62, 0.77))
     bad = marks_of(rows)
     assert [mark.met for mark in bad] == [True, False, False]  # lead 0.01, kept 0.95, dominated
@@ -199,8 +215,102 @@ def test_marks_and_dominance_by_hand() -> None:
     assert rivalry.rival == "bct" and rivalry.clear and math.isclose(rivalry.lead, 0.02)
     table = table_of(rows)
     assert "Better than LCE direct on both axes: bct (by 0.020 and 0.020)" in table
-    assert "| l2 | refused: dimensions differ |" in table
+    assert "| ract | refused: dimensions differ |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
     assert widths == {13}
     (panel,) = picture_of(rows, "faces").axes
-    assert panel.get_legend_handles_labels()[1] == [LCE_DIRECT, "bct"]
+    assert panel.get_legend_handles_labels()[1] == [LCE_DIRECT, "bct", "l2"]
+
+
+def test_tuning_tests_on_training_identities_and_trains_on_the_others(pictures: Pictures) -> None:
+    arguments = (pictures.pixels_NCHW, pictures.identity_N, pictures.keys, pictures.fingerprint)
+    tuning = pictures_of(tuning_source(pictures.source), *arguments)
+    tested, trained, never = (set(pictures.identity_N[of]) for of in (tuning.tested, tuning.trained, pictures.tested))
+    assert len(tested) == round(SHARE * (IDENTITIES - TESTED)) and not tested & trained
+    assert not never & (tested | trained) and len(tested | trained) == IDENTITIES - TESTED
+
+
+def test_the_fourth_try_goes_on_from_the_best() -> None:
+    assert first_tries(8.0, 4.0) == (2.0, 8.0, 32.0)
+    tries = [(2.0, 0.3), (8.0, 0.2), (32.0, 0.1)]
+    assert last_try(tries, 4.0) == 0.5 and last_try([(w, -s) for w, s in tries], 4.0) == 128.0
+    assert last_try([(2.0, 0.1), (8.0, 0.3), (32.0, 0.2)], 4.0) == 16.0
+    assert last_try([(2.0, 0.2), (8.0, 0.3), (32.0, 0.1)], 4.0) == 4.0
+
+
+def test_each_weight_is_chosen_by_four_tries_and_nothing_is_where_one_is_missing() -> None:
+    source = faces(IDENTITIES, PHOTOS, 32, TESTED, 0.5)
+    study = Study(
+        (source,), {"faces": "f" * 64}, {"faces": Budget(10, 20, 8, 0.1, 16.0)}, SCENARIOS, contestants(), (1,)
+    )
+    asked = [(source, one) for one in contestants() if one.name in ("bct", LCE_BACKWARD, "mixbct")]
+    assert not {cell.task for cell in plan_of(study, lambda place: ", bct," in place).cells} - {None}
+    files: dict[str, Result] = {}
+    lost: set[str] = set()
+
+    def perform(plan: Plan) -> None:
+        """The heavier the better, up to four times the default; all of seed 101 alone."""
+        for one in plan.tasks:
+            assert one.settings["seed"] == 101 and one.settings["tuning_share"] == SHARE
+            files[one.key] = {
+                "numbers": {"self": numbers(0.6 if "old" in one.title else 0.8)},
+                "about": {},
+                "seconds": 1.0,
+            }
+            if one.settings["kind"] == "cell":
+                compat = one.settings["compat"]
+                weight = (
+                    compat["method_weight"]
+                    if "method_weight" in compat and compat["method"] != "lce"
+                    else compat["align_weight"]
+                )
+                defaults = {"bct": 1.0, "mixbct": 0.3, "lce": 8.0}
+                near = -abs(math.log(weight / defaults[compat["method"]] / 4.0))
+                files[one.key]["numbers"]["cross"] = numbers(0.6 + 0.01 * near)
+                if compat["method"] in lost:
+                    del files[one.key]
+
+    tuned = tune(study, asked, files.get, perform)
+    bct = tuned["faces", "bct"]
+    assert (
+        [one.weight for one in bct.tries] == [0.25, 1.0, 4.0, 16.0] and bct.chosen == 4.0 and bct.key == "method_weight"
+    )
+    assert tuned["faces", LCE_BACKWARD].chosen == 32.0 and tuned["faces", LCE_BACKWARD].default == 8.0
+    assert tuned["faces", "mixbct"].tries[-1].weight < 1.0, "a share of the rows"
+    table = tuning_table(tuned.values())
+    assert "| faces: bct | `method_weight` | 1 | 0.25: " in table and "**4: 0.5000**" in table
+    weights = {key: one.chosen for key, one in tuned.items()}
+    (cell,) = plan_of(replace(study, weights=weights), lambda place: "extended-class, bct" in place).cells
+    assert cell.task is not None and cell.task.settings["compat"]["method_weight"] == 4.0
+
+    lost.add("bct")
+    files.clear()
+    assert set(tune(study, asked, files.get, perform)) == {("faces", LCE_BACKWARD), ("faces", "mixbct")}
+
+
+def test_a_mapped_and_a_trained_backward_cell_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole command, over few faces: tuning, old and new models, a map alone and a model trained through one."""
+    chosen = "extended-class, (LCE backward, seed|mapping backward, chosen T)"
+    arguments = [
+        "--quick",
+        "--processes",
+        "1",
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(tmp_path),
+        "--only",
+        chosen,
+    ]
+    assert main(arguments) == 0, capsys.readouterr().err
+    (record,) = tmp_path.glob("compatibility-quick-*.json")
+    raw = json.loads(record.read_text())["raw"]
+    rows = {row["contestant"]: row for row in raw["rows"]}
+    assert set(rows) == {LCE_BACKWARD, "mapping backward, chosen T"} and not raw["failed"]
+    for row in rows.values():
+        assert row["missing"] is None and row["about"][0]["candidates"] and row["values"]["M(n,o)"]["mean"] > 0.2
+    (weight,) = raw["tuning"]["weights"]
+    assert len(weight["tries"]) == 4 and weight["chosen"] in [one["weight"] for one in weight["tries"]]
+    # what is done is not done again, and says the same
+    assert main([*arguments, "--report"]) == 0
+    assert json.loads(record.read_text())["raw"] == raw

@@ -29,7 +29,9 @@ def test_the_docs_hold_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--markdown"]) == 0
     assert capsys.readouterr().out.strip() in DOCS.read_text()
     assert main(["methods"]) == 0
-    assert "needs of the old model: its class centres" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "needs of the old model: its class centres" in told
+    assert "procrustes: Procrustes" in told and "fct: FCT" in told
 
 
 @pytest.mark.parametrize(

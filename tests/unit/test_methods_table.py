@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,10 +13,11 @@ from lce_dist.compat.method import Method
 from lce_dist.compat.methods import METHODS, MethodInputs, _Table, build_method
 from lce_dist.compat.methods.bct import Bct
 from lce_dist.compat.methods.l2 import L2
+from lce_dist.compat.methods.maps import MAPS
 from lce_dist.compat.methods.nccl import Nccl
 from lce_dist.compat.methods.ract import Ract
 from lce_dist.compat.old_space import OldSpace
-from lce_dist.config import CompatConfig, HeadConfig
+from lce_dist.config import BridgeKind, CompatConfig, HeadConfig
 from lce_dist.errors import ConfigError
 from lce_dist.world import World
 
@@ -24,7 +28,7 @@ def inputs(**config: object) -> MethodInputs:
     centre = F.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
     space = OldSpace(centre, torch.zeros(5), torch.full((5,), 3), 5, 0)
     compat = CompatConfig.model_validate(config)
-    return MethodInputs(compat, HeadConfig(margin_cos=0.4), space, None, 4, 4, 1, World())
+    return MethodInputs(compat, HeadConfig(margin_cos=0.4), space, None, 4, 4, 1, 10, World())
 
 
 def test_the_table_has_these_methods_and_the_first_is_the_default():
@@ -43,6 +47,16 @@ def test_a_card_says_title_source_needs_manners_and_cost(name):
     assert "n identities" in card.cost and ("m images" in card.cost or "a image" in card.cost)
     assert card.title.split(":")[0].split(" ")[0].lower() == name
     assert len({METHODS[other].card.title for other in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_are_carded_as_methods_are(name):
+    card = MAPS[name]
+    assert name in get_args(BridgeKind) and name not in METHODS
+    assert card.needs and card.needs <= {"centres", "all"} and card.manners <= {"direct", "backward", "forward"}
+    assert re.search(r"(19|20)\d\d", card.source)
+    assert "n identities" in card.cost and "m images" in card.cost and "Deployed" in card.cost
+    assert {"procrustes", "fct"} <= MAPS.keys()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class MethodInputs:
     """What methods are built from; space is this shard's.
 
     old_vectors: a pass over the old vectors of all training images, as many rounds on every rank; None where they
-    cannot be had. new_dim, old_dim: lengths of the vectors.
+    cannot be had. new_dim, old_dim: lengths of the vectors. steps: of the whole training.
     """
 
     config: CompatConfig
@@ -34,6 +34,7 @@ class MethodInputs:
     new_dim: int
     old_dim: int
     seed: int
+    steps: int
     world: World
 
 

@@ -1,13 +1,13 @@
 """AdvBCT: a discriminator tells new vectors from old ones and the network is trained to fool it; elastic boundaries.
 
-Adversarial: -mean log D(new | new) - mean log D(old | old), its gradient reversed (times alpha) where it enters new
-vectors. Boundary: how far |new - old centre| exceeds r_y = R_y + (T - R_y) sigmoid(w_y), averaged over the rows where it
+Adversarial: -mean log D(new | new) - mean log D(old | old), times the share of the run that is left; its gradient is
+reversed (times alpha, which grows with the share that is done) where it enters new vectors. Boundary: how far |new - old centre| exceeds r_y = R_y + (T - R_y) sigmoid(w_y), averaged over the rows where it
 does; R_y the chord to the class's old boundary, w_y learned. Both times the weight.
 **Source**: Pan et al., "Boundary-aware Backward-Compatible Representation via Adversarial Learning in Image Retrieval",
 CVPR 2023 (arXiv 2305.02610), and its code, github.com/Ashespt/AdvBCT (models/base_model.py, trainer/trainer.py).
-Differences: unit vectors and unit centres throughout; alpha grows with the step, since a method does not know the
-length of the run (there with the share of it done, where the term also fades out linearly); batch statistics of the
-discriminator are those of the whole global micro-batch; the paper's 1.5 IQR radii are ``boundary_policy = "iqr"``.
+Differences: unit vectors and unit centres throughout; the term fades out step by step (there epoch by epoch); batch
+statistics of the discriminator are those of the whole global micro-batch; the paper's 1.5 IQR radii are
+``boundary_policy = "iqr"``.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class AdvBct(Method):
     WEIGHT = 4.0  # on MS1Mv3 with ArcFace (github.com/yuleung/MixBCT, AdvBCT/train.py); 1 on landmarks (the authors)
     RADIUS = 0.4  # T, a chord between unit vectors, on MS1Mv3 (same place); 1 on landmarks (the authors)
     HIDDEN = 100  # the authors' discriminator
-    # the authors' alpha is 2 / (1 + exp(-10 p)) - 1 over a run of share p; this is p = 0.1, where it is 0.46
-    RAMP_STEPS = 1000
 
     card = Card(
         "AdvBCT: new vectors indistinguishable from old ones, inside elastic boundaries",
@@ -47,9 +45,10 @@ class AdvBct(Method):
         "and 100 E multiplications for every row of the global batch on each rank",
     )
 
-    def __init__(self, space: OldSpace, dim: int, weight: float, seed: int) -> None:
+    def __init__(self, space: OldSpace, dim: int, weight: float, seed: int, steps: int) -> None:
         super().__init__()
         self._space = space
+        self._steps = steps
         self._weight = weight
         generator = torch.Generator().manual_seed(seed)
         self.elastic = nn.Parameter(torch.rand(space.num_classes, generator=generator) * 2.0 - 1.0)
@@ -62,7 +61,8 @@ class AdvBct(Method):
     def build(cls, inputs: MethodInputs) -> AdvBct:
         """The same parameters on every rank."""
         weight = inputs.config.method_weight
-        return cls(inputs.space, inputs.new_dim, cls.WEIGHT if weight is None else weight, inputs.seed)
+        weight = cls.WEIGHT if weight is None else weight
+        return cls(inputs.space, inputs.new_dim, weight, inputs.seed, inputs.steps)
 
     def loss(self, batch: MethodBatch) -> torch.Tensor | None:
         if self._weight == 0.0 or batch.new_GD.shape[0] == 0:
@@ -73,9 +73,10 @@ class AdvBct(Method):
         """The discriminator's loss; batch statistics need all rows, so each rank computes all and counts its own."""
         assert batch.old_GE is not None
         own, weight_b = batch.own, batch.weight_G[batch.own]
-        from_new_b = self.discriminate(_Reverse.apply(batch.new_GD, alpha_of(batch.step, self.RAMP_STEPS)))[own, 0]
+        done = batch.step / self._steps
+        from_new_b = self.discriminate(_Reverse.apply(batch.new_GD, alpha_of(done)))[own, 0]
         from_old_b = self.discriminate(batch.old_GE)[own, 1]
-        return sum_over_ranks(-((from_new_b + from_old_b) * weight_b).sum(), batch.world)
+        return (1.0 - done) * sum_over_ranks(-((from_new_b + from_old_b) * weight_b).sum(), batch.world)
 
     def boundary(self, batch: MethodBatch) -> torch.Tensor:
         """The mean excess over rows outside, times the micro-batch's share of the global batch; 0 when none is."""
@@ -102,9 +103,9 @@ class AdvBct(Method):
         return F.log_softmax(self.leave(F.relu(normal_GH * self.gain + self.shift)), dim=1)
 
 
-def alpha_of(step: int, ramp_steps: int) -> float:
-    """The reversal's strength, from 0 to 1: 2 / (1 + exp(-step / ramp_steps)) - 1."""
-    return math.tanh(0.5 * step / ramp_steps)
+def alpha_of(done: float) -> float:
+    """The reversal's strength when a share ``done`` of the run is: 2 / (1 + exp(-10 done)) - 1, the authors'."""
+    return math.tanh(5.0 * done)
 
 
 class _Reverse(torch.autograd.Function):

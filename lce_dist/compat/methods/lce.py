@@ -2,7 +2,8 @@
 
 Direct: class rows are drawn to old centres, new vectors stay inside the old classes' boundaries (compat/lce.py). With
 maps: rows and centres are aligned through T12 and T21, half each; backward keeps T21(new vector) inside the old boundary;
-forward keeps T12(old vector) as near to its new class row as the new vector of the same image is.
+forward keeps T12(old vector) as near to its new class row as the new vector of the same image is; and the mapped vector
+is drawn to the other model's vector of the same image (ours, not the paper's: ``pair_weight``).
 **Source**: Meng et al., "Learning Compatible Embeddings", ICCV 2021 (arXiv 2108.01958).
 """
 
@@ -69,7 +70,9 @@ class Lce(Method):
 
     @property
     def uses_old_vectors(self) -> bool:
-        return self.manner == "forward" and self._config.boundary_weight > 0.0
+        if self.manner == "direct":
+            return False
+        return self._config.pair_weight > 0.0 or (self.manner == "forward" and self._config.boundary_weight > 0.0)
 
     def anchor(self) -> OldAnchor | None:
         if self.manner != "direct":
@@ -112,24 +115,37 @@ class Lce(Method):
 
     def loss(self, batch: MethodBatch) -> torch.Tensor | None:
         config, space = self._config, self._space
-        if config.boundary_weight == 0.0:
+        if config.boundary_weight == 0.0 and config.pair_weight == 0.0:
             return None
         if self.manner == "backward" and self.back is not None:
             seen_bE = F.normalize(mapped(self.back, batch.new_bD))
-            seen_GE = gather_rows(seen_bE, batch.rows_per_rank, batch.world)
-            centre_SE = space.centre_SD.to(seen_GE.dtype)
-            terms = (seen_GE, batch.labels_G, batch.weight_G, centre_SE, space.cos_boundary_S, space.first_class)
-            return config.boundary_weight * boundary_loss(*terms, config.boundary, batch.world)
+            loss = self._apart(seen_bE, batch.old_bE, batch)
+            if config.boundary_weight > 0.0:
+                seen_GE = gather_rows(seen_bE, batch.rows_per_rank, batch.world)
+                centre_SE = space.centre_SD.to(seen_GE.dtype)
+                terms = (seen_GE, batch.labels_G, batch.weight_G, centre_SE, space.cos_boundary_S, space.first_class)
+                loss = loss + config.boundary_weight * boundary_loss(*terms, config.boundary, batch.world)
+            return loss
         if self.manner == "forward" and self.forth is not None and batch.old_bE is not None:
             seen_bD = F.normalize(mapped(self.forth, batch.old_bE))
-            seen_GD = gather_rows(seen_bD, batch.rows_per_rank, batch.world)
-            return config.boundary_weight * self._outside_new_cones(seen_GD, batch)
+            loss = self._apart(seen_bD, batch.new_bD, batch)
+            if config.boundary_weight > 0.0:
+                seen_GD = gather_rows(seen_bD, batch.rows_per_rank, batch.world)
+                loss = loss + config.boundary_weight * self._outside_new_cones(seen_GD, batch)
+            return loss
         return None
 
     def maps(self) -> dict[Literal["new_to_old", "old_to_new"], nn.Module]:
         if self.forth is None or self.back is None:
             return {}
         return {"new_to_old": self.back, "old_to_new": self.forth}
+
+    def _apart(self, seen_bE: torch.Tensor, other_bE: torch.Tensor | None, batch: MethodBatch) -> torch.Tensor:
+        """The pair term: weighted mean of 1 - cos between mapped vectors and the other model's of the same images."""
+        if self._config.pair_weight == 0.0 or other_bE is None:
+            return seen_bE.new_zeros(())
+        far_b = 1.0 - (seen_bE * other_bE.to(seen_bE.dtype)).sum(1)
+        return self._config.pair_weight * sum_over_ranks((far_b * batch.weight_G[batch.own]).sum(), batch.world)
 
     def _outside_new_cones(self, seen_GD: torch.Tensor, batch: MethodBatch) -> torch.Tensor:
         """How much farther than the new vector of its image a mapped old vector is from the new class row."""

@@ -32,7 +32,7 @@ _STREAM = 0x6D6978  # keeps the draws of images apart from the head's draws of c
 class MixBct(Method):
     """``distrusted``: rising sample ids whose old vectors are never used; ``trusted``: the share of the others."""
 
-    SHARE = 0.3  # the paper's alpha; ``method_weight`` replaces it
+    WEIGHT = 0.3  # the paper's alpha, the share of rows; ``method_weight`` replaces it
     TRUST = 0.9  # the paper's T
 
     card = Card(
@@ -40,7 +40,7 @@ class MixBct(Method):
         "Liang et al., MixBCT: Towards Self-Adapting Backward-Compatible Training, 2023, arXiv 2308.06948",
         frozenset({"centres", "batch", "all"}),
         frozenset({"direct"}),
-        "n identities: nothing. m images: the old model on the batch in each step; before training one pass over all old "
+        "n identities: old centres, 4 n E bytes over all ranks, before training. m images: the old model on the batch in each step; before training one pass over all old "
         "vectors, 48 m bytes over all ranks during it (sorting included), 0.8 m bytes on each rank after it",
     )
 
@@ -56,11 +56,11 @@ class MixBct(Method):
         assert inputs.old_vectors is not None, "needs all old vectors"
         distrusted, trusted = find_distrusted(inputs.old_vectors, inputs.space, cls.TRUST, inputs.world)
         share = inputs.config.method_weight
-        share = cls.SHARE if share is None else share
+        share = cls.WEIGHT if share is None else share
         if share > trusted:
             raise ConfigError(
                 f"compat.method_weight is {share}; for mixbct it is the share of rows that are replaced, at most the "
-                f"share of trusted old vectors ({trusted:.3f}). Use {cls.SHARE}"
+                f"share of trusted old vectors ({trusted:.3f}). Use {cls.WEIGHT}"
             )
         return cls(distrusted, trusted, share, inputs.seed)
 

@@ -1,0 +1,175 @@
+"""The one weight of each method, chosen by four tries on identities and a seed that the study never tests on.
+
+Three tries at a quarter of the method's own default, at it, and at four times it; the fourth goes on from the best of
+them: between it and its better neighbour, or outwards from an end. What is best is decided by P_1, over a share of the
+*training* identities that is held out of the tuning's own models; LCE and its rivals are treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.compatibility_data import Source
+from benchmarks.compatibility_plan import SCENARIOS, Contestant, Plan, Scenario, Study, plan_of
+from benchmarks.compatibility_report import Get, rows_of
+from lce_dist.compat import methods
+from lce_dist.config import weights_for
+
+SEED = 101  # none of the study's
+SHARE = 0.3  # of the training identities
+SCENARIO = next(scenario for scenario in SCENARIOS if scenario.name == "extended-class")
+_FACTORS = {"mixbct": 1.6}  # its weight is a share of the rows: four times 0.3 of them there are not
+_NUMBERS = ("M(o,o)", "M(n,o)", "M(n,n)", "M(*,*)", "P_1")
+
+
+def tuning_source(source: Source) -> Source:
+    """``source`` with other identities to test on."""
+    return replace(source, name=f"{source.name} (tuning)", tuning_share=SHARE)
+
+
+@dataclass(frozen=True)
+class Try:
+    """A weight and the numbers that it reached, by the names of the report."""
+
+    weight: float
+    numbers: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        return self.numbers["P_1"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was tried for one contestant on one data set, and what is taken: the best."""
+
+    source: str
+    contestant: str
+    key: str
+    default: float
+    tries: tuple[Try, ...]
+
+    @property
+    def chosen(self) -> float:
+        return max(self.tries, key=lambda one: one.score).weight
+
+    def plain(self) -> dict[str, Any]:
+        tries = [{"weight": one.weight, **one.numbers} for one in self.tries]
+        about = {"source": self.source, "contestant": self.contestant, "key": self.key, "default": self.default}
+        return {**about, "chosen": self.chosen, "tries": tries}
+
+
+def default_weight(contestant: Contestant, scale: float) -> float:
+    """The weight that a run has which says none."""
+    compat = dict(contestant.compat)
+    if contestant.weight_key == "method_weight":
+        return float(vars(methods.METHODS[compat["method"]])["WEIGHT"])
+    return float(str(weights_for(scale, compat["mode"])["align_weight"]))
+
+
+def first_tries(default: float, factor: float) -> tuple[float, ...]:
+    return (default / factor, default, default * factor)
+
+
+def last_try(tries: Sequence[tuple[float, float]], factor: float) -> float:
+    """The fourth weight after three (weight, score) in rising order: outwards from an end, else towards the better side."""
+    best = max(range(len(tries)), key=lambda place: tries[place][1])
+    if best in (0, len(tries) - 1):
+        return tries[best][0] * (factor if best else 1.0 / factor)
+    side = 0.5 if tries[best + 1][1] > tries[best - 1][1] else -0.5
+    return tries[best][0] * float(factor**side)
+
+
+def tune(
+    study: Study, tuned: Iterable[tuple[Source, Contestant]], get: Get, perform: Callable[[Plan], None]
+) -> dict[tuple[str, str], Tuned]:
+    """Weights by (source, contestant), as ``Study.weights`` has them; those whose tries are not all done are left out.
+
+    ``perform`` does the tasks of a plan; ``get`` reads what it left.
+    """
+    asked = list(tuned)
+    factors = {(source.name, one.name): _FACTORS.get(str(dict(one.compat).get("method")), 4.0) for source, one in asked}
+    weights: dict[tuple[str, str], tuple[float, ...]] = {}
+    for source, one in asked:
+        default = default_weight(one, study.budgets[source.name].scale)
+        weights[source.name, one.name] = first_tries(default, factors[source.name, one.name])
+    tries = _tried(study, asked, weights, get, perform)
+    for key, done in tries.items():
+        weights[key] += (last_try([(one.weight, one.score) for one in done], factors[key]),)
+    complete = [(source, one) for source, one in asked if (source.name, one.name) in tries]
+    tries = _tried(study, complete, weights, get, perform)
+    return {
+        (source.name, one.name): Tuned(
+            source.name,
+            one.name,
+            one.weight_key,
+            weights[source.name, one.name][1],
+            tries[source.name, one.name],
+        )
+        for source, one in complete
+        if (source.name, one.name) in tries
+    }
+
+
+def _tried(
+    study: Study,
+    asked: Sequence[tuple[Source, Contestant]],
+    weights: dict[tuple[str, str], tuple[float, ...]],
+    get: Get,
+    perform: Callable[[Plan], None],
+) -> dict[tuple[str, str], tuple[Try, ...]]:
+    """All tries of those of which every one is done."""
+    plans = {
+        (source.name, one.name, weight): _plan(study, source, one, weight)
+        for source, one in asked
+        for weight in weights[source.name, one.name]
+    }
+    tasks = {task.key: task for plan in plans.values() for task in plan.tasks}
+    perform(Plan((), tuple(tasks.values())))
+    found: dict[tuple[str, str], tuple[Try, ...]] = {}
+    for source, one in asked:
+        tries = []
+        for weight in weights[source.name, one.name]:
+            (row,) = rows_of(plans[source.name, one.name, weight].cells, get)
+            if row.missing is None:
+                tries.append(Try(weight, {name: round(row.mean(name), 6) for name in _NUMBERS}))
+        if len(tries) == len(weights[source.name, one.name]):
+            found[source.name, one.name] = tuple(tries)
+    return found
+
+
+def _plan(study: Study, source: Source, contestant: Contestant, weight: float) -> Plan:
+    own = tuning_source(source)
+    scenario: Scenario = SCENARIO
+    alone = Study(
+        (own,),
+        {own.name: study.fingerprints[source.name]},
+        {own.name: study.budgets[source.name]},
+        (scenario,),
+        (contestant,),
+        (SEED,),
+        {(own.name, contestant.name): weight},
+    )
+    return plan_of(alone, lambda place: True)
+
+
+def tuning_table(tuned: Iterable[Tuned]) -> str:
+    """Markdown: what was tried, by P_1 on the identities held out for it; the chosen one in bold."""
+    lines = [
+        "",
+        "### Weights",
+        "",
+        f"Tried in {SCENARIO.name}, seed {SEED}, on {SHARE:.0%} of the training identities, held out; P_1.",
+        "",
+        "| | weight | default | tried |",
+        "|---|---|---|---|",
+    ]
+    for one in tuned:
+        shown = []
+        for tried in sorted(one.tries, key=lambda tried: tried.weight):
+            words = f"{tried.weight:.3g}: {tried.score:.4f}"
+            shown.append(f"**{words}**" if tried.weight == one.chosen else words)
+        lines.append(f"| {one.source}: {one.contestant} | `{one.key}` | {one.default:g} | {', '.join(shown)} |")
+    return "\n".join(lines) + "\n"
