@@ -106,8 +106,8 @@ def add_edit_commands(data: argparse._SubParsersAction[argparse.ArgumentParser])
     merge = data.add_parser(
         "merge",
         help="several packed data sets become one",
-        description="Copy all samples into a new data set OUT; image bytes stay as they are. Identities of one key become one "
-        "person.\nA map says which keys of which set are one person: a CSV with the columns set, key, identity.",
+        description="Copy all samples into a new data set OUT, shuffled; image bytes stay as they are. Identities of one key "
+        "become one person.\nKilled at any moment, the same command goes on. A map says which keys of which set are one person: a CSV with the columns set, key, identity.",
         epilog="examples:\n"
         "  lce data merge packed/a packed/b packed/both --identity-map same.csv\n"
         "  lce data merge packed/a packed/b packed/both --prefix       (keys a/KEY and b/KEY: nobody is in both)",
@@ -118,6 +118,8 @@ def add_edit_commands(data: argparse._SubParsersAction[argparse.ArgumentParser])
     merge.add_argument("--prefix", action="store_true", help="keys become FOLDER/KEY, but for those in the map")
     merge.add_argument("--name", default="merged", help="shards are NAME-000000.tar (default: merged)")
     merge.add_argument("--shard-mb", type=int, default=256, help="size of a shard in MB (default: 256)")
+    merge.add_argument("--seed", type=int, default=0, help="of the shuffle over all sets (default: 0)")
+    merge.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     merge.add_argument("--json", metavar="FILE", help="also write the counts here (-: standard output, nothing else)")
     merge.set_defaults(run=_merge)
 
@@ -182,7 +184,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         lines.append(
             f"quarantine: {len(listed):,} samples, {len(listed) - before:,} of them new; training leaves them out"
         )
-    _tell(arguments.json, as_json(report, directory), lines)
+    tell(arguments.json, as_json(report, directory), lines)
     if number:
         kinds = ", ".join(f"{count} {kind}" for kind, count in report.counts.items())
         raise FindingsError(f"{directory}: {number:,} findings ({kinds})")
@@ -226,7 +228,7 @@ def _stats(arguments: argparse.Namespace) -> None:
     )
     if arguments.png is not None:
         lines.append(str(arguments.png))
-    _tell(arguments.json, values, lines)
+    tell(arguments.json, values, lines)
 
 
 def _split(arguments: argparse.Namespace) -> None:
@@ -235,7 +237,7 @@ def _split(arguments: argparse.Namespace) -> None:
     from pipelines.manifest import PackedDataset
     from pipelines.splits import PARTS, make_split, write_split
 
-    _check_json(arguments.json)
+    check_json(arguments.json)
     dataset = PackedDataset.open(arguments.packed)
     split = make_split(dataset, arguments.scenario, arguments.heldout, arguments.fraction, arguments.seed)
     path = write_split(dataset, split, arguments.out)
@@ -247,7 +249,7 @@ def _split(arguments: argparse.Namespace) -> None:
         values[part] = {"images": len(samples), "identities": people}
         lines.append(f"  {part:<8} {len(samples):>12,} images of {people:,} identities")
     lines.append(f"train on it with --set data.shards={arguments.packed} --set data.split={path}")
-    _tell(arguments.json, values, lines)
+    tell(arguments.json, values, lines)
 
 
 def _leakage(arguments: argparse.Namespace) -> None:
@@ -296,35 +298,37 @@ def _leakage(arguments: argparse.Namespace) -> None:
         lines.append(f"... and {len(leaks) - _SHOWN:,} more" + ("" if arguments.json else "; --json FILE lists them"))
     if not leaks:
         lines.append("nothing in common: no identity key, no image, no look-alike")
-    _tell(arguments.json, {"leaks": [{"between": name, **vars(leak)} for name, leak in leaks]}, lines)
+    tell(arguments.json, {"leaks": [{"between": name, **vars(leak)} for name, leak in leaks]}, lines)
     if leaks:
         raise FindingsError(f"{len(leaks):,} things are on both sides; remove them from one (lce data remove)")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    import re
+    from rich.console import Console
 
-    from launch.data_cli import counter
-    from pipelines.edit import merge, read_identity_map
+    from launch.import_cli import bar
+    from pipelines.importing import ImportSettings
+    from pipelines.merging import merge, read_identity_map
+    from pipelines.parallel import num_cores
 
-    _check_json(arguments.json)
+    _check_common(arguments)
     *directories, out = arguments.packed
     if len(directories) < 2:
         raise ConfigError(
             f"lce data merge got {len(arguments.packed)} folders; needs two data sets or more, and OUT last"
         )
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", arguments.name):
-        raise ConfigError(f"--name is {arguments.name!r}; must be letters, digits, '.', '_' or '-'")
     if not 1 <= arguments.shard_mb <= _MOST_MB:
         raise ConfigError(f"--shard-mb is {arguments.shard_mb}; must be 1 to {_MOST_MB}")
+    settings = ImportSettings(arguments.name, arguments.shard_mb << 20, arguments.seed, None)
     names = [directory.resolve().name for directory in directories]
     if arguments.prefix and len(set(names)) < len(names):
         raise ConfigError(
             f"--prefix puts folder names before keys, and two folders are called {_twice(names)!r}; rename one"
         )
     given = {} if arguments.identity_map is None else read_identity_map(arguments.identity_map, directories)
-    with counter() as count:
-        found = merge(directories, out, arguments.name, given, arguments.prefix, arguments.shard_mb << 20, count)
+    num_workers = arguments.workers or num_cores()
+    with bar(Console(stderr=True), "merging", "images") as merging:
+        found = merge(directories, out, settings, given, arguments.prefix, num_workers, merging.show)
     dataset = found.dataset
     lines = [
         f"{out}: {dataset.num_samples:,} images of {len(dataset.identities):,} identities; "
@@ -341,14 +345,14 @@ def _merge(arguments: argparse.Namespace) -> None:
         "shared_identities": found.shared_identities,
         "shared_names": found.shared_names,
     }
-    _tell(arguments.json, values, lines)
+    tell(arguments.json, values, lines)
 
 
 def _remove(arguments: argparse.Namespace) -> None:
     from launch.data_cli import counter
     from pipelines.edit import remove
 
-    _check_json(arguments.json)
+    check_json(arguments.json)
     images = [] if arguments.keys is None else _lines(arguments.keys)
     if not arguments.identity and not images:
         raise ConfigError("lce data remove needs --identity KEY or --keys FILE with at least one line")
@@ -365,7 +369,7 @@ def _remove(arguments: argparse.Namespace) -> None:
     )
     if done.others:
         lines.append(f"came along unread, look into them yourself: {', '.join(done.others)}")
-    _tell(arguments.json, {**vars(done), "data_set": str(arguments.packed)}, [*lines, *_ELSEWHERE])
+    tell(arguments.json, {**vars(done), "data_set": str(arguments.packed)}, [*lines, *_ELSEWHERE])
 
 
 _ELSEWHERE = (
@@ -396,15 +400,16 @@ def _twice(names: list[str]) -> str:
 def _check_common(arguments: argparse.Namespace) -> None:
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers is {arguments.workers}; must be at least 1")
-    _check_json(arguments.json)
+    check_json(arguments.json)
 
 
-def _check_json(file: str | None) -> None:
+def check_json(file: str | None) -> None:
+    """Errors: ConfigError where the file that --json names cannot be made."""
     if file not in (None, "-") and not Path(file).parent.is_dir():
         raise ConfigError(f"--json {file}: {Path(file).parent} is not a folder; make it first")
 
 
-def _tell(file: str | None, values: dict[str, Any], lines: list[str]) -> None:
+def tell(file: str | None, values: dict[str, Any], lines: list[str]) -> None:
     """Lines for a person, unless standard output is to hold the JSON."""
     text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     if file == "-":

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lce_dist.errors import ConfigError
+from lce_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("folder", "zip", "recordio", "webdataset", "parquet", "csv", "pairs")
 _PLAIN_EVERY_S = 10.0
+_LEAST_S = 0.05
 _LOOKING = "looking"  # at the source, before anything is written
 
 _EPILOG = """\
@@ -67,13 +68,26 @@ def add_import_commands(data: argparse._SubParsersAction[argparse.ArgumentParser
         help="images that cannot be decoded: stop at the first, or leave them out and list them in OUT/skipped.csv",
     )
     importer.add_argument(
-        "--no-decode", action="store_true", help="trust JPEGs by their headers; broken ones are met in training"
+        "--decode",
+        choices=("quick", "full", "none"),
+        default="quick",
+        help="quick: read each JPEG's structure to its end, and decode what that leaves open (default); full: decode every "
+        "image; none: trust headers, broken images are met in training",
     )
+    importer.add_argument("--no-decode", dest="decode", action="store_const", const="none", help="--decode none")
     importer.add_argument("--image-column", help="parquet, csv: the column of images or paths")
     importer.add_argument("--label-column", help="parquet, csv: the column of identities")
     importer.add_argument("--label-key", help="webdataset: the entry of a sample's .json that names its identity")
     importer.add_argument(
         "--labels", type=Path, metavar="FILE.lst", help="recordio: take labels from this list, not from the records"
+    )
+    importer.add_argument(
+        "--idx",
+        action="store_true",
+        help="also write NAME-000000.idx (DALI's) and shards.json (wids') beside the shards",
+    )
+    importer.add_argument(
+        "--json", metavar="FILE", help="also write the counts here (-: standard output, nothing else)"
     )
     importer.add_argument("--root", type=Path, help="csv: the folder that paths are below (default: the table's own)")
     importer.set_defaults(run=_import)
@@ -82,23 +96,26 @@ def add_import_commands(data: argparse._SubParsersAction[argparse.ArgumentParser
 def _import(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from launch.edit_cli import check_json, tell
     from pipelines.formats import SourceOptions, files_below, find_format, open_source, refuse_foreign
     from pipelines.images import ImageRules
     from pipelines.importing import SKIPPED_FILE, ImportSettings, import_images
 
+    check_json(arguments.json)
     if arguments.workers is not None and arguments.workers < 1:
         raise ConfigError(f"--workers is {arguments.workers}; must be at least 1")
     settings = ImportSettings(
         arguments.name,
         arguments.shard_mb << 20,
         arguments.seed,
-        ImageRules(arguments.size, arguments.quality, not arguments.no_decode),
+        ImageRules(arguments.size, arguments.quality, arguments.decode),
         arguments.bad == "skip",
     )
     options = SourceOptions(
         arguments.image_column, arguments.label_column, arguments.labels, arguments.root, arguments.label_key
     )
     num_workers = arguments.workers or len(os.sched_getaffinity(0))
+    notes: list[str] = []
     kind = arguments.format or find_format(arguments.source)
     console = Console(stderr=True)
     if kind == "webdataset":
@@ -106,22 +123,41 @@ def _import(arguments: argparse.Namespace) -> None:
         tars = files_below(arguments.source, ".tar")
         imported = _index(arguments, tars, settings, num_workers, console)
     else:
-        with _bar(console, _LOOKING, "records") as looking:
+        with bar(console, _LOOKING, "records") as looking:
             source, notes = open_source(arguments.source, kind, options, lambda done, of: looking.show(done, of))
         for note in notes:
             console.print(note, highlight=False, soft_wrap=True)
-        with _bar(console, "importing", "images") as importing:
+        with bar(console, "importing", "images") as importing:
             imported = import_images(source, arguments.out, settings, num_workers, importing.show)
-    if imported.num_skipped:
-        print(f"{imported.num_skipped:,} images were left out; {arguments.out / SKIPPED_FILE} lists them")
+    packed = imported.dataset
+    if arguments.idx:
+        from pipelines.sidecars import write_sidecars
+
+        write_sidecars(packed)
+    lines = []
     if imported.dropped_identities:
         shown = ", ".join(imported.dropped_identities[:5])
-        print(f"{len(imported.dropped_identities):,} identities had no other image and are left out: {shown}")
-    packed = imported.dataset
-    print(
+        lines.append(f"{len(imported.dropped_identities):,} identities had no other image and are left out: {shown}")
+    total = (
         f"{arguments.out}: {packed.num_samples:,} images of {len(packed.identities):,} identities in "
         f"{len(packed.manifest.shards):,} shards"
     )
+    if imported.num_skipped:
+        total += f"; {imported.num_skipped:,} left out, see {arguments.out / SKIPPED_FILE}"
+    total += "".join(f"; {note}" for note in notes if "passed over" in note)
+    values = {
+        "data_set": str(arguments.out),
+        "format": kind,
+        "samples": packed.num_samples,
+        "identities": len(packed.identities),
+        "shards": len(packed.manifest.shards),
+        "skipped": imported.num_skipped,
+        "dropped_identities": list(imported.dropped_identities),
+        "shuffled": packed.manifest.shuffled,
+        "fingerprint": packed.fingerprint,
+        "notes": notes,
+    }
+    tell(arguments.json, values, [*lines, total])
 
 
 def _index(
@@ -129,51 +165,64 @@ def _index(
 ) -> Imported:
     from pipelines.tars import index_tars
 
-    root = arguments.source if arguments.source.is_dir() else arguments.source.parent
-    with _bar(console, "indexing", "MB") as indexing:
+    source, out = arguments.source, arguments.out
+    if source.is_dir() and out.absolute().is_relative_to(source.absolute()):
+        raise DataError(
+            f"output {out} lies in the folder of the tars, {source}, where nothing is written; choose another"
+        )
+    root = source if source.is_dir() else source.parent
+    with bar(console, "indexing", "MB", 1e6) as indexing:
         return index_tars(tars, root, arguments.out, settings, num_workers, arguments.label_key, indexing.show)
 
 
 class ImportBar:
     """How far it is, how fast, and how long still: one live line in a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, console: Console, what: str, unit: str, progress: Any) -> None:
-        self._console, self._what, self._unit, self._progress = console, what, unit, progress
+    def __init__(self, console: Console, what: str, unit: str, progress: Any, per_unit: float) -> None:
+        self._console, self._what, self._unit, self._progress, self._per_unit = console, what, unit, progress, per_unit
         self._task: Any = None
-        self._first, self._ended = 0, False
+        self._first, self._ended = 0.0, False
         self._started_s = self._printed_s = time.monotonic()
 
     def show(self, done: int, total: int, num_bytes: int = 0) -> None:
         """Tell that ``done`` of ``total`` are done, ``num_bytes`` of them in this run."""
         now = time.monotonic()
+        done_units, units = done / self._per_unit, total / self._per_unit
         if self._task is None:
-            self._task = self._progress.add_task(self._what, total=total, detail="")
-            self._first, self._started_s = done, now
+            self._task = self._progress.add_task(self._what, total=units, detail="")
             if done and num_bytes == 0 and self._what != _LOOKING:
-                self._console.print(f"going on from {done:,} of {total:,} {self._unit}", highlight=False)
+                self._first, self._started_s = done_units, now
+                self._console.print(f"going on from {done_units:,.0f} of {units:,.0f} {self._unit}", highlight=False)
         if now - self._printed_s < (0.2 if self._console.is_terminal else _PLAIN_EVERY_S) and (
             done < total or self._ended
         ):
             return
         self._ended = done == total
         self._printed_s = now
-        elapsed_s = max(now - self._started_s, 1e-9)
-        rate = (done - self._first) / elapsed_s
-        detail = f"{rate:,.0f} {self._unit}/s"
-        if num_bytes:
-            detail += f", {num_bytes / 1e6 / elapsed_s:,.0f} MB/s"
-        if rate > 0 and done < total:
-            minutes, seconds = divmod(round((total - done) / rate), 60)
-            detail += f", {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        elapsed_s = now - self._started_s
+        rate = (done_units - self._first) / max(elapsed_s, _LEAST_S)
+        told = []
+        if elapsed_s >= _LEAST_S:  # a rate of a moment says nothing
+            told.append(f"{rate:,.0f} {self._unit}/s")
+            if num_bytes and self._unit != "MB":
+                told.append(f"{num_bytes / 1e6 / elapsed_s:,.0f} MB/s")
+            if rate > 0 and done < total:
+                minutes, seconds = divmod(round((units - done_units) / rate), 60)
+                told.append(f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
+        detail = ", ".join(told)
         if self._console.is_terminal:
-            self._progress.update(self._task, completed=done, total=total, detail=detail)
+            self._progress.update(self._task, completed=done_units, total=units, detail=detail)
             self._progress.refresh()
         else:
-            self._console.print(f"{self._what}: {done:,}/{total:,} {detail}", highlight=False, soft_wrap=True)
+            digits = 1 if self._per_unit > 1 and units < 10 else 0
+            line = f"{self._what}: {done_units:,.{digits}f}/{units:,.{digits}f}"
+            line += f" {self._unit}" if self._per_unit > 1 else ""
+            self._console.print(f"{line} {detail}".rstrip(), highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def _bar(console: Console, what: str, unit: str) -> Iterator[ImportBar]:
+def bar(console: Console, what: str, unit: str, per_unit: float = 1.0) -> Iterator[ImportBar]:
+    """The bar of one piece of work; ``per_unit``: how many of what is counted make one of ``unit``."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (
@@ -184,4 +233,4 @@ def _bar(console: Console, what: str, unit: str) -> Iterator[ImportBar]:
     )
     progress = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
     with progress:
-        yield ImportBar(console, what, unit, progress)
+        yield ImportBar(console, what, unit, progress, per_unit)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from launch.parts import shuffle_of
 from launch.plan import refusal
 from launch.prepare import Prepared
 from lce_dist import planning
@@ -21,6 +22,7 @@ from lce_dist.errors import SetupError
 from lce_dist.mlflow_client import redact
 from lce_dist.tracking import tracking_uri
 from lce_dist.world import World
+from pipelines.manifest import PackedDataset
 
 _ANSWER_S = 5.0
 _GIB = 2**30
@@ -92,7 +94,7 @@ def check_gpu_memory(config: Config, num_classes: int, num_images: int, world: W
         )
 
 
-def notes(config: Config, default_store: Path) -> Iterator[str]:
+def notes(config: Config, default_store: Path, dataset: PackedDataset) -> Iterator[str]:
     """What a person should know and the run does without. Errors: ConfigError for a store of no kind."""
     uri = tracking_uri(config.tracking, default_store)
     why = unreachable_tracking(uri)
@@ -100,4 +102,10 @@ def notes(config: Config, default_store: Path) -> Iterator[str]:
         yield (
             f"MLflow at {redact(uri)} does not answer ({redact(why)}); what it should know is kept in the run and sent when "
             "it does"
+        )
+    if shuffle_of(config.data, dataset) == "blocks" and dataset.manifest.shuffled is False:
+        yield (
+            f"data.shuffle is blocks, and {dataset.directory} lies in an order of its own (shuffled: false in its manifest), so "
+            f"that a batch holds neighbours of at most {config.data.shuffle_window} blocks of {config.data.shuffle_block}: few "
+            "identities. Import or merge it into shards of our own, or take data.shuffle = 'global'"
         )

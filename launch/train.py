@@ -81,7 +81,7 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
     with RunProgress(console) as progress, _Stopping(config.checkpoint.grace_s, progress.note) as stopping:
         prepared = prepare(config, num_ranks, options.with_independent, root / ".cache", progress.count)
         check_space(config, prepared, run_dir)
-        for text in notes(config, root):
+        for text in notes(config, root, prepared.dataset):
             progress.note(text)
         if options.check_only:
             _tell_checked(config, prepared, progress)

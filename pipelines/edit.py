@@ -1,4 +1,4 @@
-"""Packed data sets are merged into a new one, and people or images leave one for good; image bytes stay as they are."""
+"""People or images leave a packed data set for good; the bytes of the others stay as they are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import ctypes
 import errno
 import fcntl
 import hashlib
-import itertools
-import json
 import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +24,6 @@ from lce_dist.keys import hash_keys
 from pipelines import manifest as packed
 from pipelines.importing import SKIPPED_FILE
 from pipelines.manifest import (
-    INDEX_DTYPE,
     PackedDataset,
     Quarantined,
     ShardRecord,
@@ -34,201 +31,12 @@ from pipelines.manifest import (
     write_description,
     write_quarantine,
 )
-from pipelines.members import END_OF_TAR, BrokenTarError, Member, member_bytes, padded, read_members
+from pipelines.members import END_OF_TAR, BrokenTarError, Member, in_samples, read_members
 from pipelines.order import Int64Array
 from pipelines.pairs import PAIRS_FILE
 from pipelines.verify import samples_by_shard
 
 Progress = Callable[[str, int, int], None]
-IdentityMap = Mapping[tuple[int, str], str]  # (number of the set, key there) -> key in the merged set
-
-_ENDINGS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"GIF8", "gif"))
-_TOLD_EVERY = 1000  # samples
-
-
-# Merge
-
-
-@dataclass(frozen=True, eq=False)
-class Merged:
-    """The merged data set; ``shared_names`` image names, as ``shared_identities`` keys, are in more than one set."""
-
-    dataset: PackedDataset
-    shared_identities: int
-    shared_names: int
-
-
-def merge(
-    directories: Sequence[Path],
-    out: Path,
-    name: str,
-    identity_map: IdentityMap,
-    prefix: bool,
-    shard_size_bytes: int,
-    progress: Progress | None = None,
-) -> Merged:
-    """One data set of all samples, set after set; identities of one key, or that the map gives one key, become one.
-
-    prefix: keys that the map does not name become FOLDER/KEY, so that equal keys of two sets stay two people.
-    What is in quarantine stays in it. ``out`` appears whole or not at all.
-    Errors: DataError for sets that cannot be read, an ``out`` that exists, a key in the map that its set does not have.
-    **Memory**: 40 bytes a sample, and the keys.
-    """
-    if out.exists():
-        raise DataError(f"{out} exists; it is not written over. Choose another place, or remove it")
-    sets = [PackedDataset.open(directory) for directory in directories]
-    keys = [_new_keys(number, one, identity_map, prefix) for number, one in enumerate(sets)]
-    identities = sorted(set().union(*keys))
-    label_of = {key: label for label, key in enumerate(identities)}
-    new_labels = [np.array([label_of[key] for key in of_set], dtype=np.int64) for of_set in keys]
-    total = sum(one.num_samples for one in sets)
-    index, names_N2 = np.zeros(total, dtype=INDEX_DTYPE), np.zeros((total, 2), dtype=np.uint64)
-    quarantine: list[Quarantined] = []
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
-        partial.mkdir(parents=True)
-        writer = _Writer(partial, name, shard_size_bytes)
-        with contextlib.closing(writer):
-            for one, labels in zip(sets, new_labels, strict=True):
-                listed = {entry.sample: entry for entry in read_quarantine(one.directory, one.num_samples)}
-                for sample, payload in _payloads(one):
-                    new = writer.num_samples
-                    label = int(labels[one.index[sample]["label"]])
-                    index[new] = writer.write(payload, label, identities[label])
-                    names_N2[new] = one.name_hash_N2[sample] if one.name_hash_N2 is not None else _no_name(one, sample)
-                    if sample in listed:
-                        quarantine.append(Quarantined(new, f"{new:09d}.{_ending(payload)}", listed[sample].reason))
-                    if progress is not None and (new % _TOLD_EVERY == 0 or new + 1 == total):
-                        progress("merging", new + 1, total)
-        source = hashlib.sha256(json.dumps([one.fingerprint for one in sets] + [identities]).encode()).hexdigest()
-        write_description(partial, name, writer.shards, index, identities, source, names_N2)
-        write_quarantine(partial, quarantine)
-        partial.replace(out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{out} cannot be written: {error}. Free space or choose another place") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shared = sum(len(set(of_set)) for of_set in keys) - len(identities)
-    edges = np.cumsum([0, *(one.num_samples for one in sets)])
-    of_sets = [len(np.unique(names_N2[first:end], axis=0)) for first, end in itertools.pairwise(edges)]
-    return Merged(PackedDataset.open(out), shared, sum(of_sets) - len(np.unique(names_N2, axis=0)))
-
-
-def read_identity_map(path: Path, directories: Sequence[Path]) -> IdentityMap:
-    """A CSV with the columns ``set`` (a folder as given, or its last part), ``key`` (there) and ``identity`` (the new key).
-
-    Errors: DataError with the line for an unknown set, an empty value, and a key that gets two identities.
-    """
-    number_of = {str(directory): number for number, directory in enumerate(directories)}
-    for number, directory in enumerate(directories):
-        number_of.setdefault(directory.resolve().name, number)
-    found: dict[tuple[int, str], str] = {}
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            missing = sorted({"set", "key", "identity"} - set(rows.fieldnames or ()))
-            if missing:
-                raise DataError(f"identity map {path} lacks the column {missing[0]!r}; must have set, key and identity")
-            for line, row in enumerate(rows, 2):
-                folder, key, identity = row["set"], row["key"], row["identity"]
-                if not folder or not key or not identity:
-                    raise DataError(
-                        f"identity map {path}, line {line}: a value is empty; fill in set, key and identity"
-                    )
-                if folder not in number_of:
-                    known = ", ".join(str(directory) for directory in directories)
-                    raise DataError(f"identity map {path}, line {line}: set {folder!r} is none of {known}")
-                place = number_of[folder], key
-                if found.setdefault(place, identity) != identity:
-                    raise DataError(
-                        f"identity map {path}, line {line}: {key!r} of {folder} is {found[place]!r} and {identity!r}"
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"identity map {path} cannot be read ({error}); name a CSV in UTF-8") from None
-    return found
-
-
-def _new_keys(number: int, dataset: PackedDataset, identity_map: IdentityMap, prefix: bool) -> list[str]:
-    known = set(dataset.identities)
-    for (of_set, key), _ in identity_map.items():
-        if of_set == number and key not in known:
-            raise DataError(f"the identity map names {key!r} of {dataset.directory}, which has no such identity")
-    folder = dataset.directory.resolve().name
-    keys = []
-    for key in dataset.identities:
-        mapped = identity_map.get((number, key), f"{folder}/{key}" if prefix else key)
-        if any(character in mapped for character in "\n\r\0"):
-            raise DataError(f"identity key {mapped!r} must have no line break; change the map")
-        keys.append(mapped)
-    return keys
-
-
-def _no_name(dataset: PackedDataset, sample: int) -> npt.NDArray[np.uint64]:
-    return hash_keys([f"{dataset.fingerprint}:{dataset.sample_key(sample)}"])[0]
-
-
-def _payloads(dataset: PackedDataset) -> Iterator[tuple[int, bytes]]:
-    """Every sample and its image, shard after shard."""
-    num_shards = len(dataset.manifest.shards)
-    for shard, samples in enumerate(samples_by_shard(dataset.index, num_shards)):
-        with _mapped(dataset.shard_path(shard)) as tar:
-            rows = dataset.index[samples]
-            for sample, offset, size in zip(
-                samples.tolist(), rows["offset"].tolist(), rows["size"].tolist(), strict=True
-            ):
-                yield sample, tar[offset : offset + size]
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
-            yield tar
-    except (OSError, ValueError) as error:
-        raise DataError(f"shard {path} cannot be read ({error}); restore it or pack again") from None
-
-
-def _ending(payload: bytes) -> str:
-    return next((ending for start, ending in _ENDINGS if payload.startswith(start)), "jpg")
-
-
-class _Writer:
-    """Shards NAME-000000.tar ... of a chosen size, with .cls, .id and the image of each sample."""
-
-    def __init__(self, directory: Path, name: str, shard_size_bytes: int) -> None:
-        self._directory, self._name, self._shard_size_bytes = directory, name, shard_size_bytes
-        self._shard: _NewShard | None = None
-        self._records: list[ShardRecord] = []
-        self.num_samples = 0
-
-    def write(self, payload: bytes, label: int, identity: str) -> tuple[int, int, int, int]:
-        """Append a sample; returns its row of the index."""
-        if self._shard is None:
-            self._shard = _NewShard(self._directory / f"{self._name}-{len(self._records):06d}.tar")
-        shard, key = self._shard, f"{self.num_samples:09d}"
-        shard.append(member_bytes(f"{key}.cls", b"%d" % label))
-        shard.append(member_bytes(f"{key}.id", identity.encode()))
-        shard.append(member_bytes(f"{key}.{_ending(payload)}", payload))
-        row = len(self._records), shard.size_bytes - padded(len(payload)), len(payload), label
-        shard.num_samples += 1
-        self.num_samples += 1
-        if shard.size_bytes >= self._shard_size_bytes:
-            self.close()
-        return row
-
-    @property
-    def shards(self) -> list[ShardRecord]:
-        """All of them; closed first."""
-        self.close()
-        return self._records
-
-    def close(self) -> None:
-        if self._shard is not None:
-            self._records.append(self._shard.finish())
-            self._shard = None
 
 
 class _NewShard:
@@ -257,7 +65,13 @@ class _NewShard:
         )
 
 
-# Removal
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            yield tar
+    except (OSError, ValueError) as error:
+        raise DataError(f"shard {path} cannot be read ({error}); restore it or pack again") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -457,7 +271,16 @@ def _build(
         new,
         [Quarantined(int(new_sample[one.sample]), one.key, one.reason) for one in listed if not is_gone[one.sample]],
     )
-    write_description(new, dataset.manifest.name, records, index, kept, dataset.manifest.source, names_N2)
+    write_description(
+        new,
+        dataset.manifest.name,
+        records,
+        index,
+        kept,
+        dataset.manifest.source,
+        names_N2,
+        shuffled=dataset.manifest.shuffled,
+    )
     gone_names = set() if names is None else {row.tobytes() for row in np.asarray(names[is_gone])}
     others = _carry(dataset, new, stale, _Gone(frozenset((*left, *identities)) | images, gone_names))
     return left, num_rewritten, others
@@ -481,15 +304,13 @@ def _rewritten(
     owners = {key.encode() for key in identities}
     path = dataset.shard_path(shard)
     with _mapped(path) as tar:
-        members = list(_members(dataset, shard))
-        groups_gone = {one.sample for one in members if one.offset in gone_at}
-        groups_gone |= {
-            one.sample for one in members if one.ending == "id" and tar[one.offset : one.offset + one.size] in owners
-        }
         written = _NewShard(new / _next_name(dataset.manifest.shards[shard].file))
         moved: dict[int, int] = {}
-        for one in members:
-            if one.sample not in groups_gone:
+        for members in in_samples(_members(dataset, shard)):
+            theirs = any(one.ending == "id" and tar[one.offset : one.offset + one.size] in owners for one in members)
+            if theirs or any(one.offset in gone_at for one in members):
+                continue
+            for one in members:
                 moved[one.offset] = written.size_bytes + one.offset - one.first_byte
                 written.append(tar[one.first_byte : one.end])
     for sample, offset, goes in zip(samples.tolist(), offsets, gone.tolist(), strict=True):

@@ -8,7 +8,9 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -16,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lce_dist.errors import DataError
-from pipelines.images import MAX_IMAGE_BYTES
-from pipelines.importable import OpenFiles, Texts, digest, file_stamp, label_texts
+from pipelines.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
+from pipelines.importable import OpenFiles, Texts, TextsInProgress, check_identities, digest, file_stamp, label_texts
+from pipelines.jpeg import MAX_IMAGE_BYTES
 from pipelines.order import Int64Array
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
+_SUFFIXES = (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES)
 
 _LOCAL_HEADER_BYTES, _LOCAL_HEADER_MAGIC = 30, b"PK\x03\x04"
 _ENCRYPTED = 1
@@ -52,9 +55,16 @@ def open_tree(source: Path) -> Iterator[Tree]:
             yield _zip_tree(source, archive)
 
 
-def _folder_tree(source: Path) -> Tree:
-    stamps: list[tuple[str, int, int]] = []
-    folders: list[str] = []
+@dataclass(frozen=True)
+class _Folder:
+    """One folder below a source: its relative path, its images (name, size, time) in order, and its other files' names."""
+
+    path: str
+    images: list[tuple[str, int, int]]
+    others: list[str]
+
+
+def _walk(source: Path) -> Iterator[_Folder]:
     seen = set()
     for directory, subdirectories, files in os.walk(source, followlinks=True):
         place = Path(directory).resolve()
@@ -62,16 +72,26 @@ def _folder_tree(source: Path) -> Tree:
             raise DataError(f"folder {directory} is a link back to a folder already read; remove it")
         seen.add(place)
         subdirectories[:] = sorted(entry for entry in subdirectories if not _is_hidden(entry))
-        folder = Path(directory).relative_to(source).as_posix()
-        folders.append(folder)
+        images, others = [], []
         for file in sorted(files):
             if _is_image(file):
                 try:
                     status = (Path(directory) / file).stat()
                 except OSError as error:
                     raise DataError(f"image {directory}/{file} cannot be read ({error.strerror}); remove it") from None
-                path = file if folder == "." else f"{folder}/{file}"
-                stamps.append((path, status.st_size, status.st_mtime_ns))
+                images.append((file, status.st_size, status.st_mtime_ns))
+            elif not _is_hidden(file):
+                others.append(file)
+        yield _Folder(Path(directory).relative_to(source).as_posix(), images, others)
+
+
+def _folder_tree(source: Path) -> Tree:
+    stamps: list[tuple[str, int, int]] = []
+    folders: list[str] = []
+    for folder in _walk(source):
+        folders.append(folder.path)
+        prefix = "" if folder.path == "." else f"{folder.path}/"
+        stamps += [(prefix + file, size, time_ns) for file, size, time_ns in folder.images]
 
     def read(path: str) -> bytes:
         with open(source / path, "rb") as file:
@@ -115,23 +135,28 @@ def _zip_tree(source: Path, archive: zipfile.ZipFile) -> Tree:
 
 def images_by_identity(source: Path, tree: Tree) -> list[tuple[str, str]]:
     """(identity key, path) of every image, sorted; a folder without images, below it or in it, is an error."""
-    filled = {"."}
-    for path in tree.images:
-        folder = PurePosixPath(path).parent
-        filled.update(part.as_posix() for part in (folder, *folder.parents))
-    if not tree.images:
-        raise DataError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}); put each identity's in a sub-folder")
-    for path in tree.images:
-        if "/" not in path:
-            raise DataError(f"image {source}/{path} lies in no sub-folder; its folder names the identity. Move it")
-    for empty in tree.folders:
-        if empty not in filled:
-            raise DataError(f"folder {source}/{empty} holds no images (an empty class); fill or remove it")
+    _refuse_empty(source, tree.images, tree.folders)
     return sorted((PurePosixPath(path).parent.as_posix(), path) for path in tree.images)
 
 
+def _refuse_empty(source: Path, images: Sequence[str], folders: Sequence[str]) -> None:
+    """``images``: of each folder that has any one is enough."""
+    filled = {"."}
+    for path in images:
+        folder = PurePosixPath(path).parent
+        filled.update(part.as_posix() for part in (folder, *folder.parents))
+    if not images:
+        raise DataError(f"{source} holds no images ({', '.join(IMAGE_SUFFIXES)}); put each identity's in a sub-folder")
+    for path in images:
+        if "/" not in path:
+            raise DataError(f"image {source}/{path} lies in no sub-folder; its folder names the identity. Move it")
+    for empty in folders:
+        if empty not in filled:
+            raise DataError(f"folder {source}/{empty} holds no images (an empty class); fill or remove it")
+
+
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
+    return name.lower().endswith(_SUFFIXES) and not _is_hidden(name)
 
 
 def _is_hidden(name: str) -> bool:
@@ -152,6 +177,7 @@ class FileSource:
     paths: Texts
     group_N: None = None
     in_order: bool = False
+    others: Mapping[str, int] = field(default_factory=dict)  # files that were passed over, by ending
 
     def expect(self, numbers: Int64Array) -> None:
         pass
@@ -171,7 +197,7 @@ class FileSource:
     def name(self, number: int) -> str:
         return self.paths[number]
 
-    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+    def companions(self, order_M: Int64Array) -> Mapping[str, str]:
         return {}
 
 
@@ -193,6 +219,7 @@ class ZipSource:
     group_N: None = None
     in_order: bool = False
     files: OpenFiles = field(default_factory=OpenFiles)
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def expect(self, numbers: Int64Array) -> None:
         pass
@@ -218,7 +245,7 @@ class ZipSource:
     def name(self, number: int) -> str:
         return self.paths[number]
 
-    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+    def companions(self, order_M: Int64Array) -> Mapping[str, str]:
         return {}
 
     def _damaged(self, number: int, why: str) -> DataError:
@@ -228,18 +255,14 @@ class ZipSource:
 def open_folder(source: Path) -> FileSource | ZipSource:
     """A folder, or a .zip of one, in which every folder that holds images is an identity; its relative path is the key.
 
-    Errors: DataError naming the file, the rule and the fix.
+    Errors: DataError naming the file, the rule and the fix. **Memory**: three times what the paths take and 32 bytes an image;
+    of an archive 900 bytes an image, most of them its own list.
     """
+    if source.is_dir():
+        return _open_files(source)
     with open_tree(source) as tree:
+        assert tree.members is not None, "a folder is no archive"
         listed = images_by_identity(source, tree)
-        paths = Texts.of(path for _, path in listed)
-        identities, label_N = label_texts([key for key, _ in listed])
-        stamps = {path: (size, stamp) for path, size, stamp in tree.stamps}
-        size_N = np.array([stamps[path][0] for _, path in listed], dtype=np.int64)
-        time_N = np.array([stamps[path][1] for _, path in listed], dtype=np.int64)
-        if tree.members is None:
-            stamp = digest("folder", paths.blob_B, paths.end_N, size_N, time_N)
-            return FileSource("folder", stamp, identities, label_N, size_N, str(source), paths)
         members = [tree.members[path] for _, path in listed]
         for member in members:
             if member.flag_bits & _ENCRYPTED or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -247,8 +270,12 @@ def open_folder(source: Path) -> FileSource | ZipSource:
                     f"archive {source}: {member.filename} is encrypted or packed by method {member.compress_type}; must be "
                     "stored or deflated. Make it anew"
                 )
+        paths = Texts.of(path for _, path in listed)
+        identities, label_N = label_texts([key for key, _ in listed])
+        size_N = np.array([member.file_size for member in members], dtype=np.int64)
+        crc_N = np.array([member.CRC for member in members], dtype=np.int64)
         return ZipSource(
-            digest("zip", paths.blob_B, paths.end_N, size_N, time_N, file_stamp(source)),
+            digest("zip", paths.blob_B, paths.end_N, size_N, crc_N, file_stamp(source)),
             identities,
             label_N,
             size_N,
@@ -256,6 +283,61 @@ def open_folder(source: Path) -> FileSource | ZipSource:
             paths,
             np.array([member.header_offset for member in members], dtype=np.int64),
             np.array([member.compress_size for member in members], dtype=np.int64),
-            np.array([member.CRC for member in members], dtype=np.uint32),
+            crc_N.astype(np.uint32),
             np.array([member.compress_type == zipfile.ZIP_DEFLATED for member in members]),
+            others=count_endings(_others_in(source)),
         )
+
+
+def _open_files(source: Path) -> FileSource:
+    """Folder by folder, in the order of the folders' paths: nothing of an image is a Python object for long."""
+    paths, sizes, times = TextsInProgress(), array("q"), array("q")
+    keys: list[str] = []
+    first: list[int] = []
+    folders: list[str] = []
+    some_image: list[str] = []
+    others: Counter[str] = Counter()
+    for folder in _walk(source):
+        folders.append(folder.path)
+        others += Counter(count_endings(folder.others))
+        if folder.images:
+            first.append(len(sizes))
+            keys.append(folder.path)
+            prefix = "" if folder.path == "." else f"{folder.path}/"
+            some_image.append(prefix + folder.images[0][0])
+            for name, size, time_ns in folder.images:
+                paths.add(prefix + name)
+                sizes.append(size)
+                times.append(time_ns)
+    _refuse_empty(source, some_image, folders)
+    order = sorted(range(len(keys)), key=keys.__getitem__)  # by whole paths: "a b" before "a/b"
+    identities = [keys[place] for place in order]
+    check_identities(identities)
+    edges = np.array([*first, len(sizes)], dtype=np.int64)
+    count_C = np.diff(edges)[order]
+    number_N = np.repeat(edges[:-1][order] - np.cumsum(count_C) + count_C, count_C) + np.arange(len(sizes))
+    texts = paths.in_order(number_N)
+    size_N, time_N = (np.frombuffer(one, dtype=np.int64)[number_N] for one in (sizes, times))
+    return FileSource(
+        "folder",
+        digest("folder", texts.blob_B, texts.end_N, size_N, time_N),
+        Texts.of(identities),
+        np.repeat(np.arange(len(identities), dtype=np.int64), count_C),
+        size_N,
+        str(source),
+        texts,
+        others=dict(others),
+    )
+
+
+def _others_in(archive: Path) -> Iterator[str]:
+    with zipfile.ZipFile(archive) as opened:
+        for member in opened.infolist():
+            parts = PurePosixPath(member.filename).parts
+            if not member.is_dir() and not any(map(_is_hidden, parts)) and not _is_image(parts[-1]):
+                yield parts[-1]
+
+
+def count_endings(names: Iterable[str]) -> dict[str, int]:
+    """How many files have each ending, in small letters."""
+    return Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)

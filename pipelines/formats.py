@@ -69,7 +69,9 @@ class PairSource:
     def name(self, number: int) -> str:
         return self.identities[number]
 
-    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+    def companions(self, order_M: Int64Array) -> Mapping[str, str]:
+        is_kept_N = np.zeros(len(self.label_N), dtype=np.bool_)
+        is_kept_N[order_M] = True
         rows = [
             f"{self.name(2 * pair)},{self.name(2 * pair + 1)},{int(genuine)}\n"
             for pair, genuine in enumerate(self.is_genuine_P.tolist())
@@ -128,7 +130,8 @@ def open_source(
     if kind in ("folder", "zip"):
         from pipelines.folders import open_folder
 
-        return open_folder(source), []
+        found = open_folder(source)
+        return found, _passed_over(found.others)
     if kind == "recordio":
         from pipelines.recordio import open_records
 
@@ -146,6 +149,14 @@ def open_source(
     if kind == "pairs":
         return open_pairs(source), []
     raise ConfigError(f"--format is {kind!r}; must be one of {', '.join(FORMATS)}")
+
+
+def _passed_over(others: Mapping[str, int]) -> list[str]:
+    if not others:
+        return []
+    most = sorted(others.items(), key=lambda one: (-one[1], one[0]))
+    shown = ", ".join(f"{ending} ({count:,})" for ending, count in most[:6]) + (", ..." if len(most) > 6 else "")
+    return [f"{sum(others.values()):,} files that are no images were passed over: {shown}"]
 
 
 def files_below(source: Path, suffix: str) -> list[Path]:

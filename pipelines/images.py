@@ -4,39 +4,85 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from lce_dist.errors import DataError
+from pipelines.jpeg import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, is_plain_jpeg, is_whole_jpeg
 
-MAX_IMAGE_BYTES = 64 * 2**20
-MAX_IMAGE_PIXELS = 64 * 2**20
 JPEG_QUALITY = 95  # of images that arrive in another format
 
-_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_OTHER_FRAMES = tuple(code for code in range(0xC3, 0xD0) if code not in (0xC4, 0xC8, 0xCC))
-_STAND_ALONE = (0x01, *range(0xD0, 0xD9))
-_NO_SEGMENT = frozenset((*_PLAIN_FRAMES, *_OTHER_FRAMES, *_STAND_ALONE, 0x00, 0xD9, 0xDA, 0xFF))
+# What files are called that hold images: those that can be decoded here, and others, which are refused by name, not passed over.
+IMAGE_SUFFIXES: tuple[str, ...] = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".avif"),
+)
+FOREIGN_SUFFIXES = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raf",
+    ".orf",
+    ".rw2",
+    ".psd",
+    ".svg",
+)
+NOT_IN_TRAINING = ("GIF", "AVIF")  # Pillow decodes them, DALI does not: they are encoded anew, or left out
+
+_FORMATS = (
+    "JPEG",
+    "PNG",
+    "BMP",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    "AVIF",
+)  # no EPS, which would start Ghostscript
+
+Check = Literal["quick", "full", "none"]
 
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What happens to images: shorter side brought down to ``size``, encoded at ``quality``, decoded to be sure."""
+    """What happens to images: shorter side brought down to ``size``, encoded at ``quality``, and how sure we want to be.
+
+    check: ``quick`` decodes what the bytes alone do not show to be whole, ``full`` everything, ``none`` trusts headers.
+    """
 
     size: int | None = None
     quality: int | None = None
-    decode: bool = True
+    check: Check = "quick"
 
     def apply(self, payload: bytes, origin: str) -> bytes:
         """The bytes for the shard. Errors: DataError naming ``origin``."""
-        if not self.decode and self.size is None and self.quality is None and is_plain_jpeg(payload):
+        if self.size is None and self.quality is None and self._passes(payload):
             return payload
         return as_jpeg(payload, origin, self.size, self.quality)
+
+    def inspect(self, payload: bytes, origin: str) -> None:
+        """The same check of an image that stays where it is. Errors: DataError also for what training cannot decode there."""
+        if self.check != "none" and not self._passes(payload):
+            with _opened(payload, origin) as image:
+                if image.format in NOT_IN_TRAINING:
+                    raise DataError(f"image {origin} is {image.format}, which training cannot read where it lies")
+            check_decodes(payload, origin)
+
+    def _passes(self, payload: bytes) -> bool:
+        if self.check == "full":
+            return False
+        return is_whole_jpeg(payload) if self.check == "quick" else is_plain_jpeg(payload)
 
 
 def as_jpeg(payload: bytes, origin: str, size: int | None = None, quality: int | None = None) -> bytes:
@@ -78,27 +124,6 @@ def check_decodes(payload: bytes, origin: str) -> None:
             image.load()
 
 
-def is_plain_jpeg(payload: bytes) -> bool:
-    """Whether the headers are those of an 8-bit grey or three-channel JPEG within our limits; nothing is decoded."""
-    if not payload.startswith(b"\xff\xd8") or len(payload) > MAX_IMAGE_BYTES:
-        return False
-    at = 2
-    while at + 10 <= len(payload) and payload[at] == 0xFF:
-        marker = payload[at + 1]
-        if marker not in _NO_SEGMENT:
-            at += 2 + (payload[at + 2] << 8 | payload[at + 3])
-        elif marker == 0xFF:  # fill bytes may stand before a marker
-            at += 1
-        elif marker in _PLAIN_FRAMES:
-            bits, height, width, channels = struct.unpack_from(">BHHB", payload, at + 4)
-            return bits == 8 and channels in (1, 3) and 0 < width * height <= MAX_IMAGE_PIXELS
-        elif marker in _STAND_ALONE:
-            at += 2
-        else:
-            return False
-    return False
-
-
 @contextlib.contextmanager
 def _opened(payload: bytes, origin: str) -> Iterator[Image.Image]:
     """An image within our limits; whatever goes wrong with it becomes a DataError that names it."""
@@ -109,7 +134,7 @@ def _opened(payload: bytes, origin: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            with Image.open(io.BytesIO(payload)) as image:
+            with Image.open(io.BytesIO(payload), formats=_FORMATS) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise DataError(
                         f"image {origin} is {image.width} x {image.height} pixels; must be at most "

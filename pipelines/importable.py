@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from lce_dist.errors import DataError
 from pipelines.manifest import MANIFEST_FILE, PackedDataset
-from pipelines.order import Int64Array
+from pipelines.order import Int64Array, UInt64Array
 
 _MAX_OPEN_FILES = 128
 _KEY_DIGITS = 9
@@ -44,6 +45,32 @@ class Texts:
     def __getitem__(self, number: int) -> str:
         first = int(self.end_N[number - 1]) if number else 0
         return self.blob_B[first : int(self.end_N[number])].tobytes().decode(errors="surrogateescape")
+
+
+class TextsInProgress:
+    """Texts that are added one by one. **Memory**: what they take in UTF-8, and 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._blob, self._ends = bytearray(), array("q")
+
+    def add(self, text: str) -> None:
+        self._blob += text.encode(errors="surrogateescape")
+        self._ends.append(len(self._blob))
+
+    def in_order(self, number_N: Int64Array) -> Texts:
+        """The texts by these numbers: runs of neighbours are copied at once."""
+        end_N = np.frombuffer(self._ends, dtype=np.int64)
+        blob_B = np.frombuffer(self._blob, dtype=np.uint8)
+        if not len(number_N):
+            return Texts(blob_B, end_N)
+        size_N = np.diff(end_N, prepend=0)[number_N]
+        runs = np.flatnonzero(np.diff(number_N, prepend=number_N[0] - 2) != 1)
+        lasts = np.append(runs[1:], len(number_N)) - 1
+        pieces = [
+            blob_B[end_N[first - 1] if first else 0 : end_N[last]]
+            for first, last in zip(number_N[runs].tolist(), number_N[lasts].tolist(), strict=True)
+        ]
+        return Texts(np.concatenate(pieces), np.cumsum(size_N))
 
 
 class Source(Protocol):
@@ -78,8 +105,20 @@ class Source(Protocol):
     def name(self, number: int) -> str:
         """What the image is called in the source; asked for after it was read."""
 
-    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
-        """Further files for the packed data set, name to text."""
+    def companions(self, order_M: Int64Array) -> Mapping[str, str]:
+        """Further files for the packed data set, name to text. order_M: the numbers of the images in it, in their order."""
+
+
+@runtime_checkable
+class KeepsNames(Protocol):
+    """A source that knows its images' names by their hashes alone."""
+
+    def name_hashes(self, numbers: Int64Array) -> UInt64Array:
+        """(n, 2) as :func:`lce_dist.keys.hash_keys`."""
+
+
+class SourceDamagedError(DataError):
+    """The source itself is damaged: no policy for single bad images applies."""
 
 
 class OpenFiles:
@@ -140,6 +179,19 @@ def label_numbers(number_N: Int64Array) -> tuple[Texts, Int64Array]:
     """As :func:`label_texts`, of whole numbers from 0 (N,)."""
     unique, code_N = np.unique(number_N, return_inverse=True)
     return label_coded([number_key(int(number)) for number in unique], code_N)
+
+
+def look_sorted(label_N: Int64Array, num_labels: int) -> bool:
+    """Whether neighbours are of one identity far more often than in a shuffled set.
+
+    By chance as many are as the squares of the identities' shares sum up to. Three times that, and 1 % more, is no chance.
+    """
+    if len(label_N) < 2 or num_labels < 2:
+        return False
+    share_C = np.bincount(label_N, minlength=num_labels) / len(label_N)
+    by_chance = float(share_C @ share_C)
+    found = float(np.mean(label_N[1:] == label_N[:-1]))
+    return found > max(0.01 + by_chance, min(3 * by_chance, (1 + by_chance) / 2))
 
 
 def digest(*parts: bytes | npt.NDArray[np.generic] | str) -> str:

@@ -28,9 +28,10 @@ import numpy.typing as npt
 from lce_dist.errors import ConfigError, DataError, SetupError
 from lce_dist.keys import hash_keys
 from pipelines.images import ImageRules
-from pipelines.importable import Source, already_packed, digest
+from pipelines.importable import KeepsNames, Source, SourceDamagedError, already_packed, digest, look_sorted
 from pipelines.manifest import INDEX_DTYPE, PackedDataset, ShardRecord, write_description
-from pipelines.order import Int64Array, derive_key, permute
+from pipelines.members import image_ending
+from pipelines.order import Int64Array, UInt64Array, derive_key, permute
 from pipelines.units import Told, locked, on_disk, run_units
 
 SKIPPED_FILE = "skipped.csv"
@@ -55,7 +56,7 @@ class ImportSettings:
     name: str = "images"
     shard_bytes: int = SHARD_BYTES
     seed: int = 0
-    images: ImageRules = field(default_factory=ImageRules)
+    images: ImageRules | None = field(default_factory=ImageRules)  # None: bytes stay as they are, whatever they are
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +64,8 @@ class ImportSettings:
             raise ConfigError(f"--name is {self.name!r}; must match {NAME_PATTERN}: shards are called after it")
         if self.shard_bytes < 1:
             raise ConfigError(f"--shard-mb is {self.shard_bytes >> 20}; must be at least 1")
+        if self.images is None:
+            return
         if self.images.size is not None and self.images.size < 1:
             raise ConfigError(f"--size is {self.images.size}; must be at least 1 pixel")
         if self.images.quality is not None and not 1 <= self.images.quality <= 100:
@@ -106,16 +109,18 @@ def import_images(
     Errors: DataError for a bad image, a foreign ``out`` or an unfinished import of something else; SetupError when the disk
     refuses. **Memory**: about 150 bytes an image at the end, and a batch of images or the row groups of a shard a worker.
     """
+    images = None if settings.images is None else vars(settings.images)
     fingerprint = digest(
-        json.dumps([_RULES, source.kind, settings.name, settings.shard_bytes, settings.seed, vars(settings.images)]),
+        json.dumps([_RULES, source.kind, settings.name, settings.shard_bytes, settings.seed, images]),
         source.stamp,
     )
-    work = out.with_name(out.name + ".importing")
-    packed = already_packed(out, fingerprint)
+    packed = find_packed(out, fingerprint)
     if packed is not None:
-        shutil.rmtree(work, ignore_errors=True)  # killed between the last two steps
-        return Imported(packed, count_skipped(out), (), len(packed.manifest.shards))
-    with writing(work, out, fingerprint):
+        return packed
+    work = out.with_name(out.name + ".importing")
+    with writing(work, out, fingerprint) as is_ours:
+        if not is_ours:
+            return import_images(source, out, settings, num_workers, progress)
         (work / "plan").mkdir(exist_ok=True)
         source = on_disk(source, work / "plan", "source")
         found = 0
@@ -133,8 +138,18 @@ def import_images(
             write_atomically(work / "dropped.json", json.dumps(sorted({*dropped, *empty})).encode())
         _finish(source, settings, job, records, fingerprint)
         publish(work, out)
-    skipped = sum(len(record.skipped) for record in records)
-    return Imported(PackedDataset.open(out), skipped, tuple(source.identities[label] for label in dropped), found)
+    return Imported(
+        PackedDataset.open(out), count_skipped(out), tuple(source.identities[label] for label in dropped), found
+    )
+
+
+def find_packed(out: Path, fingerprint: str) -> Imported | None:
+    """What a finished import left in ``out``. Errors: DataError for anything else in there."""
+    packed = already_packed(out, fingerprint)
+    if packed is None:
+        return None
+    shutil.rmtree(out.with_name(out.name + ".importing"), ignore_errors=True)  # killed between the last two steps
+    return Imported(packed, count_skipped(out), (), len(packed.manifest.shards))
 
 
 def make_plan(source: Source, shard_bytes: int, seed: int, dropped: tuple[int, ...] = ()) -> Plan:
@@ -247,6 +262,11 @@ class PackJob:
     def _shard_path(self, shard: int) -> Path:
         return self.data / f"{self.settings.name}-{shard:06d}.tar"
 
+    def _hashes(self, numbers: list[int], names: list[str]) -> UInt64Array:
+        if isinstance(self.source, KeepsNames):
+            return self.source.name_hashes(np.array(numbers, dtype=np.int64))
+        return hash_keys(names)
+
     def _write(self, shard: int, told: Told) -> None:
         source, settings, plan = self.source, self.settings, self.plan
         first, end = int(plan.first_S1[shard]), int(plan.first_S1[shard + 1])
@@ -255,6 +275,7 @@ class PackJob:
         partial = path.with_name(path.name + ".partial")
         rows: list[npt.NDArray[np.void]] = []
         names: list[str] = []
+        kept: list[int] = []
         skipped: list[tuple[str, str, str, int]] = []
         identity_of: dict[int, str] = {}
         batch = Batch([], [], [], [])
@@ -263,7 +284,7 @@ class PackJob:
         samples = zip(range(first, end), numbers_M.tolist(), old_labels.tolist(), labels, strict=True)
         source.expect(numbers_M)
         with partial.open("wb", buffering=0) as file:
-            tar = _TarStream(file)
+            tar = TarStream(file)
 
             def write_batch() -> None:
                 offsets = tar.add_samples(batch)
@@ -280,7 +301,10 @@ class PackJob:
                 try:
                     payload = source.read(number)
                     name = source.name(number)
-                    payload = settings.images.apply(payload, name)
+                    if settings.images is not None:
+                        payload = settings.images.apply(payload, name)
+                except SourceDamagedError:
+                    raise
                 except DataError as error:
                     if not settings.skip_bad:
                         raise DataError(f"{error}. With --bad skip such images are left out and listed") from None
@@ -289,6 +313,7 @@ class PackJob:
                     continue
                 batch.add(position, label, identity, payload)
                 names.append(name)
+                kept.append(number)
                 waiting += len(payload)
                 if len(batch.payloads) == _BATCH_IMAGES or waiting >= _BATCH_BYTES:
                     write_batch()
@@ -309,7 +334,7 @@ class PackJob:
             stored,
             facts=np.frombuffer(facts, dtype=np.uint8),
             rows=np.concatenate([np.zeros(0, dtype=INDEX_DTYPE), *rows]),
-            names=hash_keys(names),
+            names=self._hashes(kept, names),
         )
         write_atomically(self._record_path(shard), stored.getvalue())
 
@@ -334,7 +359,7 @@ class Batch:
             part.clear()
 
 
-class _TarStream:
+class TarStream:
     """Members of a POSIX tar, hashed on their way to the file; webdataset's own writer takes ten times as long."""
 
     def __init__(self, file: io.RawIOBase | io.FileIO) -> None:
@@ -364,9 +389,10 @@ class _TarStream:
         return begin
 
     def add_samples(self, batch: Batch) -> Int64Array:
-        """Append .cls, .id and .jpg of each sample; returns where the JPEGs begin."""
+        """Append .cls, .id and the image of each sample; returns where the images begin."""
         keys = [identity.encode() for identity in batch.identities]
-        if batch.positions[-1] >= 10**_KEY_DIGITS or max(map(len, keys)) > _BLOCK:
+        others = any(image_ending(payload) != "jpg" for payload in batch.payloads)
+        if others or batch.positions[-1] >= 10**_KEY_DIGITS or max(map(len, keys)) > _BLOCK:
             return self.add_samples_one_by_one(batch)
         sizes_B = np.array([len(payload) for payload in batch.payloads], dtype=np.int64)
         heads = self._heads(batch, keys, sizes_B).reshape(-1).data
@@ -380,7 +406,7 @@ class _TarStream:
         return begins
 
     def add_samples_one_by_one(self, batch: Batch) -> Int64Array:
-        """As :meth:`add_samples`, for keys of any length."""
+        """As :meth:`add_samples`, for keys of any length and images of any format."""
         begins = []
         for position, label, identity, payload in zip(
             batch.positions, batch.labels, batch.identities, batch.payloads, strict=True
@@ -388,7 +414,7 @@ class _TarStream:
             key = b"%09d" % position
             self.add(key + b".cls", b"%d" % label)
             self.add(key + b".id", identity.encode())
-            begins.append(self.add(key + b".jpg", payload))
+            begins.append(self.add(key + b"." + image_ending(payload).encode(), payload))
         self._flush()
         return np.array(begins, dtype=np.int64)
 
@@ -491,15 +517,18 @@ def _finish(
     for path in job.data.iterdir():
         if path.name not in listed:
             path.unlink()  # left by a killed run, or of a pass with more identities
-    is_kept_N = np.ones(len(source.label_N), dtype=np.bool_)
-    is_kept_N[[number for _, _, _, number in skipped]] = False
-    is_kept_N[job.plan.label_C[source.label_N] < 0] = False
-    for name, text in source.companions(is_kept_N).items():
+    order_M = np.asarray(job.plan.order_M)
+    if skipped:
+        order_M = order_M[~np.isin(order_M, [number for _, _, _, number in skipped])]
+    for name, text in source.companions(order_M).items():
         (job.data / name).write_text(text, encoding="utf-8")
     gone = _read_gone(source, job)
     if skipped or gone:
         write_skipped(job.data, [one[:3] for one in (*skipped, *gone)])
-    write_description(job.data, settings.name, shards, index, identities, fingerprint, names_N2)
+    # whole groups are mixed with a few others only: whether that is enough is seen
+    sorted_still = source.group_N is not None and look_sorted(index["label"], len(identities))
+    shuffled = not source.in_order and not sorted_still
+    write_description(job.data, settings.name, shards, index, identities, fingerprint, names_N2, shuffled=shuffled)
 
 
 def _read_gone(source: Source, job: PackJob) -> list[tuple[str, str, str, int]]:
@@ -515,11 +544,14 @@ def _read_gone(source: Source, job: PackJob) -> list[tuple[str, str, str, int]]:
 
 
 @contextlib.contextmanager
-def writing(work: Path, out: Path, fingerprint: str) -> Iterator[None]:
-    """The work folder of this import and of no other, for one process at a time."""
+def writing(work: Path, out: Path, fingerprint: str) -> Iterator[bool]:
+    """The work folder of this import and of no other, for one process at a time. False: another process had it, and finished."""
     try:
         work.mkdir(parents=True, exist_ok=True)
-        with locked(work / "lock", f"{work}"):
+        with locked(work / "lock", f"{work}") as is_there:
+            if not is_there:
+                yield False
+                return
             settings = work / "settings"
             if not settings.exists() or not any(work.glob("records-*/*.npz")):  # nothing is lost
                 for folder in filter(Path.is_dir, work.iterdir()):
@@ -530,7 +562,7 @@ def writing(work: Path, out: Path, fingerprint: str) -> Iterator[None]:
                     f"{work} holds an unfinished import of another source, of this one before it changed, or with other "
                     "arguments; repeat that one, or remove the folder"
                 )
-            yield
+            yield True
     except OSError as error:
         raise SetupError(
             f"importing into {out} failed ({error}); mend that and run again: finished shards are kept"

@@ -73,6 +73,7 @@ class Manifest(_Record):
     """The contents of manifest.json. ``source`` names what was packed, so that a second run can reuse it.
 
     root: where the shards lie, a URL, or a folder relative to that of the manifest; None: beside it.
+    shuffled: whether neighbours are a random part of all samples; None: nobody looked.
     """
 
     format: str
@@ -85,12 +86,15 @@ class Manifest(_Record):
     identities_sha256: Sha256
     names_sha256: Sha256 | None = None  # None: packed before names were kept
     root: str | None = None
+    shuffled: bool | None = None
     source: str
     fingerprint: Sha256
 
     def content_fingerprint(self) -> str:
         """64 hex digits over everything that a reader of the data can see."""
-        text = json.dumps(self.model_dump(exclude={"fingerprint", "source", "root"}, exclude_none=True), sort_keys=True)
+        text = json.dumps(
+            self.model_dump(exclude={"fingerprint", "source", "root", "shuffled"}, exclude_none=True), sort_keys=True
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -506,6 +510,7 @@ def write_description(
     source: str,
     name_hash_N2: npt.NDArray[np.uint64],
     root: str | None = None,
+    shuffled: bool | None = None,
 ) -> Manifest:
     """Write index, identities, names and, last and atomically, the manifest of shards that already lie in ``directory``,
     or in ``root``.
@@ -513,7 +518,7 @@ def write_description(
     np.save(directory / INDEX_FILE, index, allow_pickle=False)
     np.save(directory / NAMES_FILE, name_hash_N2, allow_pickle=False)
     (directory / IDENTITIES_FILE).write_text("".join(f"{key}\n" for key in identities), encoding="utf-8", newline="")
-    return write_manifest(directory, name, shards, len(index), len(identities), source, root)
+    return write_manifest(directory, name, shards, len(index), len(identities), source, root, shuffled)
 
 
 def write_manifest(
@@ -524,6 +529,7 @@ def write_manifest(
     num_identities: int,
     source: str,
     root: str | None = None,
+    shuffled: bool | None = None,
 ) -> Manifest:
     """The last step of packing: the manifest of an index, identities and names, or none, that lie in ``directory``."""
     names = directory / NAMES_FILE
@@ -538,6 +544,7 @@ def write_manifest(
         identities_sha256=file_sha256(directory / IDENTITIES_FILE),
         names_sha256=file_sha256(names) if names.exists() else None,
         root=root,
+        shuffled=shuffled,
         source=source,
         fingerprint="0" * 64,
     )

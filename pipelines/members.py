@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from pipelines.images import IMAGE_SUFFIXES
 
 BLOCK_BYTES = 512
 END_OF_TAR = bytes(2 * BLOCK_BYTES)
-IMAGE_ENDINGS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif"))
+IMAGE_ENDINGS = frozenset(ending[1:] for ending in IMAGE_SUFFIXES)
 
 _ZEROS = bytes(BLOCK_BYTES)
+_STARTS: tuple[tuple[bytes, str], ...] = (
+    *((b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"GIF8", "gif"), (b"II*\0", "tif"), (b"MM\0*", "tif")),
+    *((b"\0\0\0\x0cjP", "jp2"), (b"P6", "ppm"), (b"P5", "pgm")),
+)
 _MOST_NAME_BYTES = 1 << 16
 
 
@@ -42,6 +48,13 @@ class Member:
     def end(self) -> int:
         """Where the next header begins."""
         return self.offset + padded(self.size)
+
+
+def image_ending(payload: bytes) -> str:
+    """The ending for an image file, from its first bytes; jpg where they say nothing."""
+    if payload.startswith(b"\xff\xd8"):
+        return "jpg"
+    return next((ending for start, ending in _STARTS if payload.startswith(start)), "jpg")
 
 
 class BrokenTarError(Exception):
@@ -98,6 +111,21 @@ def read_members(tar: mmap.mmap | bytes) -> Iterator[Member]:
             long_name = long_size = None
             first = offset + padded(size)
         position = offset + padded(size)
+
+
+def in_samples(members: Iterable[Member]) -> Iterator[list[Member]]:
+    """Members that are one sample: neighbours of one key, up to the first ending that comes again.
+
+    A key that occurs twice in a tar gives two samples, so that nobody gets what lies beside the other image.
+    """
+    sample: list[Member] = []
+    for member in members:
+        if sample and (member.sample != sample[0].sample or any(member.ending == one.ending for one in sample)):
+            yield sample
+            sample = []
+        sample.append(member)
+    if sample:
+        yield sample
 
 
 def member_bytes(name: str, payload: bytes) -> bytes:

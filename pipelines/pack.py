@@ -70,7 +70,9 @@ def pack_folder(
                 yield key, path, as_jpeg(payload, f"{source}/{path}")
 
         identities = sorted({key for key, _ in images})
-        return pack_images(read_shuffled(), identities, len(images), out, name, fingerprint, shard_size_bytes, progress)
+        return pack_images(
+            read_shuffled(), identities, len(images), out, name, fingerprint, shard_size_bytes, progress, shuffled=True
+        )
 
 
 def source_fingerprint(source: Path) -> str:
@@ -88,10 +90,11 @@ def pack_images(
     source: str,
     shard_size_bytes: int = SHARD_SIZE_BYTES,
     progress: Progress | None = None,
+    shuffled: bool | None = None,
 ) -> PackedDataset:
     """Pack (identity key, image name, JPEG bytes) in the order given; labels are places in ``identities``.
 
-    Of names hashes are kept, by which stored vectors find their image.
+    shuffled: what is known of that order, for the manifest. Of names hashes are kept, by which stored vectors find their image.
     ``source`` says what is packed (a hash of its parameters): if ``out`` already holds it, ``images`` is not touched.
     Errors: DataError for a key that is unknown, repeated or without images, a wrong count, a foreign ``out``.
     **Memory**: 40 bytes an image and one image.
@@ -110,7 +113,7 @@ def pack_images(
         shards, index, names_N2 = _write_shards(
             images, identities, num_images, partial, name, shard_size_bytes, progress
         )
-        write_description(partial, name, shards, index, identities, source, names_N2)
+        write_description(partial, name, shards, index, identities, source, names_N2, shuffled=shuffled)
         partial.replace(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)

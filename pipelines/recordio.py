@@ -69,7 +69,7 @@ class RecordSource:
     def name(self, number: int) -> str:
         return str(self.key_N[number])
 
-    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+    def companions(self, order_M: Int64Array) -> Mapping[str, str]:
         return {}
 
 
@@ -342,7 +342,9 @@ def _columns(path: Path) -> list[npt.NDArray[np.generic]]:
             read_options=csv.ReadOptions(autogenerate_column_names=True),
             parse_options=csv.ParseOptions(delimiter="\t", quote_char=False),
         )
-    except (pyarrow.ArrowException, OSError) as error:
+    except OSError as error:
+        raise DataError(f"list {path} cannot be read ({error.strerror or error}); name a file that is there") from None
+    except pyarrow.ArrowException as error:
         if not path.stat().st_size:
             return [np.zeros(0, dtype=np.int64)] * 2
         raise DataError(f"{path} is no table with tabs ({str(error).splitlines()[0]}); restore it") from None

@@ -56,7 +56,7 @@ def repeat_dataset(
         with open(partial / IDENTITIES_FILE, "w", encoding="utf-8", newline="") as file:
             file.writelines(f"id{number:0{width}d}\n" for number in range(identities))
         root = dataset.manifest.root if dataset.is_remote else _place_of_shards(dataset, out)
-        write_manifest(partial, "repeated", dataset.manifest.shards, num_samples, identities, source, root)
+        write_manifest(partial, "repeated", dataset.manifest.shards, num_samples, identities, source, root, True)
         partial.replace(out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

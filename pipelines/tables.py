@@ -9,7 +9,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow
 from pyarrow import compute, csv, parquet
 
@@ -114,7 +113,7 @@ class ParquetSource:
         row = number - int(self.first_G[group]) + int(self.first_in_file_G[group])
         return f"{self.file_names[int(self.file_G[group])]}:{row}"
 
-    def companions(self, is_kept_N: npt.NDArray[np.bool_]) -> Mapping[str, str]:
+    def companions(self, order_M: Int64Array) -> Mapping[str, str]:
         return {}
 
     def _load(self, group: int) -> Any:

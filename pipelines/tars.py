@@ -11,7 +11,7 @@ import io
 import json
 import mmap
 import os
-import shutil
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,28 +20,32 @@ import numpy as np
 
 from lce_dist.errors import ConfigError, DataError
 from lce_dist.keys import hash_keys
-from pipelines.images import MAX_IMAGE_BYTES, check_decodes
-from pipelines.importable import Texts, already_packed, digest, file_stamp, label_texts, number_key
+from pipelines.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, NOT_IN_TRAINING
+from pipelines.importable import Texts, digest, file_stamp, label_coded, look_sorted, number_key
 from pipelines.importing import (
     Imported,
     ImportSettings,
     Progress,
     count_skipped,
+    find_packed,
     publish,
     write_atomically,
     write_skipped,
     writing,
 )
+from pipelines.jpeg import MAX_IMAGE_BYTES
 from pipelines.manifest import INDEX_DTYPE, PackedDataset, ShardRecord, write_description
 from pipelines.units import Told, run_units
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+_ALL_KINDS = tuple(ending[1:] for ending in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES))
+IMAGE_KINDS = tuple(ending[1:] for ending in IMAGE_SUFFIXES if ending[1:].upper() not in NOT_IN_TRAINING)
 DEFAULT_LABEL_KEY = "label"
 
 _RULES = 1
 _BLOCK = 512
 _HASHED_AT_ONCE = 8 << 20
 _TELL_EVERY = 256
+_OTHER_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _LONGEST_TEXT = 1 << 20  # of a label, a .json or a long name
 
 
@@ -60,6 +64,7 @@ class LabelRule:
 
     kind: str | None
     key: str = DEFAULT_LABEL_KEY
+    why: str = "the first one does, and it names the identity"
 
 
 def index_tars(
@@ -74,26 +79,25 @@ def index_tars(
     """Describe tars below ``root`` in a new folder ``out``; an interrupted run goes on, a finished one is opened.
 
     Identities are the text of ``.id``, the text or number of ``.cls``, ``label_key`` of ``.json``, or the folder of the key:
-    the first of these that the first sample has, and then every one must. ``progress`` gets (MB done, MB, bytes done).
-    Errors: DataError for a tar that is cut off or damaged, naming the byte, and for samples without one image and an identity.
+    the first of these that the first sample has, and then every one must. ``progress`` gets (bytes done, bytes, bytes done in this run).
+    Samples without one image that can be decoded and one identity stop it or, with ``skip_bad``, are left out and listed.
+    Errors: DataError for those, and for a tar that is cut off or damaged, naming the byte. **Memory**: 100 bytes an image.
     """
+    assert settings.images is not None, "images are looked at"
     if settings.images.size is not None or settings.images.quality is not None:
         raise ConfigError("--size and --quality change images; tars are only indexed. Leave them out")
-    if out.absolute().is_relative_to(root.absolute()):
-        raise DataError(
-            f"output {out} lies in the folder of the tars, {root}, where nothing is written; choose another"
-        )
     files = [path.relative_to(root).as_posix() for path in tars]
     stamps = [part for path, file in zip(tars, files, strict=True) for part in (file, file_stamp(path))]
-    facts = [_RULES, "webdataset", settings.name, settings.images.decode, label_key]
+    facts = [_RULES, "webdataset", settings.name, settings.images.check, label_key]
     fingerprint = digest(json.dumps(facts), *stamps)
-    work = out.with_name(out.name + ".importing")
-    packed = already_packed(out, fingerprint)
+    packed = find_packed(out, fingerprint)
     if packed is not None:
-        shutil.rmtree(work, ignore_errors=True)
-        return Imported(packed, count_skipped(out), (), len(packed.manifest.shards))
+        return packed
     rule = find_label_rule(tars, label_key)
-    with writing(work, out, fingerprint):
+    work = out.with_name(out.name + ".importing")
+    with writing(work, out, fingerprint) as is_ours:
+        if not is_ours:
+            return index_tars(tars, root, out, settings, num_workers, label_key, progress)
         records = work / "records-0"
         records.mkdir(exist_ok=True)
         (work / "data").mkdir(exist_ok=True)
@@ -104,17 +108,17 @@ def index_tars(
 
         def watched(images: int, size: int) -> None:
             if progress is not None:
-                progress((already + size) >> 20, sum(sizes) >> 20, size)
+                progress(already + size, sum(sizes), size)
 
         run_units(job, units, num_workers, watched)
-        skipped = _finish(job, out, root, fingerprint, settings, len(tars))
+        _finish(job, out, root, fingerprint, settings, len(tars))
         publish(work, out)
-    return Imported(PackedDataset.open(out), skipped, (), len(tars) - len(units))
+    return Imported(PackedDataset.open(out), count_skipped(out), (), len(tars) - len(units))
 
 
-def _finish(job: IndexJob, out: Path, root: Path, fingerprint: str, settings: ImportSettings, num_tars: int) -> int:
-    rows, names = [], []
-    keys: list[str] = []
+def _finish(job: IndexJob, out: Path, root: Path, fingerprint: str, settings: ImportSettings, num_tars: int) -> None:
+    rows, names, codes = [], [], []
+    code_of: dict[str, int] = {}
     shards: list[ShardRecord] = []
     skipped: list[tuple[str, str, str]] = []
     for number in range(num_tars):
@@ -128,19 +132,22 @@ def _finish(job: IndexJob, out: Path, root: Path, fingerprint: str, settings: Im
             rows.append(part)
             names.append(stored["names"])
             texts = Texts(stored["key_blob"], stored["key_ends"])
-            distinct = [texts[code] for code in range(len(texts))]
-            keys += [distinct[code] for code in stored["codes"].tolist()]
+            of_all = np.array([code_of.setdefault(texts[code], len(code_of)) for code in range(len(texts))])
+            codes.append(of_all[stored["codes"]])
             shards.append(ShardRecord.model_validate(facts["shard"]))
     if not rows:
-        raise DataError(f"the {num_tars} tars in {root} hold no image ({', '.join(IMAGE_KINDS)}); name others")
-    identities, label_N = label_texts(keys)
+        raise DataError(
+            f"the {num_tars} tars in {root} hold no image that can be used ({', '.join(IMAGE_KINDS)}); "
+            + (f"{len(skipped)} samples are bad, the first: {skipped[0][2]}" if skipped else "name others")
+        )
+    identities, label_N = label_coded(list(code_of), np.concatenate(codes))
     index = np.concatenate(rows)
     index["label"] = label_N
     data = job.records.parent / "data"
     if skipped:
         write_skipped(data, skipped)
-    place = root.absolute()
-    near = place.is_relative_to(out.absolute().parent)
+    place, folder = root.absolute(), out.absolute().parent
+    near = place.is_relative_to(folder) or folder.is_relative_to(place)
     write_description(
         data,
         settings.name,
@@ -150,8 +157,8 @@ def _finish(job: IndexJob, out: Path, root: Path, fingerprint: str, settings: Im
         fingerprint,
         np.concatenate(names),
         root=Path(os.path.relpath(place, out.absolute())).as_posix() if near else str(place),
+        shuffled=False if look_sorted(label_N, len(identities)) else None,
     )
-    return len(skipped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,15 +192,21 @@ class IndexJob:
             hashed = hashlib.sha256()
             end, read, images = 0, 0, 0
             for sample in samples_of(path, contents):
-                image, identity = self._sample(path, contents, sample)
-                name = f"{self.files[unit]}/{image.name}"
-                reason = self._damage(contents, image, name)
-                if reason is None:
+                key = _key(sample[0].name)
+                name, identity = f"{self.files[unit]}:{key}", ""
+                try:
+                    image = _image(f"{path}:{key}", sample)
+                    name = f"{self.files[unit]}/{image.name}"
+                    identity = _identity(f"{path}:{key}", contents, sample, self.rule)
+                    self._inspect(contents, image, name)
+                except DataError as error:
+                    if not self.settings.skip_bad:
+                        raise DataError(f"{error}. With --bad skip such images are left out and listed") from None
+                    skipped.append((name, identity, str(error)))
+                else:
                     rows.append((0, image.offset, image.size, 0))
                     names.append(name)
                     codes.append(code_of.setdefault(identity, len(code_of)))
-                else:
-                    skipped.append((name, identity, reason))
                 images += 1
                 end = sample[-1].offset + sample[-1].size
                 if end - read >= _HASHED_AT_ONCE or images == _TELL_EVERY:
@@ -217,27 +230,11 @@ class IndexJob:
         )
         write_atomically(self.record_path(unit), stored.getvalue())
 
-    def _sample(self, path: str, contents: mmap.mmap, sample: Sequence[Member]) -> tuple[Member, str]:
-        images = [member for member in sample if _kind(member.name) in IMAGE_KINDS]
-        if len(images) != 1:
-            raise DataError(
-                f"tar {path}: the sample {_key(sample[0].name)!r} at byte {sample[0].offset} has {len(images)} images "
-                f"({', '.join(IMAGE_KINDS)}); must have one"
-            )
-        return images[0], _identity(path, contents, sample, self.rule)
-
-    def _damage(self, contents: mmap.mmap, image: Member, name: str) -> str | None:
-        """What is wrong with an image. Errors: DataError where such are not to be left out."""
-        try:
-            if not 0 < image.size <= MAX_IMAGE_BYTES:
-                raise DataError(f"image {name} is {image.size} bytes; must be 1 to {MAX_IMAGE_BYTES}")
-            if self.settings.images.decode:
-                check_decodes(contents[image.offset : image.offset + image.size], name)
-        except DataError as error:
-            if not self.settings.skip_bad:
-                raise DataError(f"{error}. With --bad skip such images are left out and listed") from None
-            return str(error)
-        return None
+    def _inspect(self, contents: mmap.mmap, image: Member, name: str) -> None:
+        if not 0 < image.size <= MAX_IMAGE_BYTES:
+            raise DataError(f"image {name} is {image.size} bytes; must be 1 to {MAX_IMAGE_BYTES}")
+        if self.settings.images is not None:
+            self.settings.images.inspect(contents[image.offset : image.offset + image.size], name)
 
 
 def find_label_rule(tars: Sequence[Path], label_key: str | None) -> LabelRule:
@@ -251,7 +248,7 @@ def find_label_rule(tars: Sequence[Path], label_key: str | None) -> LabelRule:
             continue
         kinds = [_kind(member.name) for member in sample]
         if label_key is not None:
-            return LabelRule("json", label_key)
+            return LabelRule("json", label_key, f"--label-key {label_key} asks for one")
         for kind in ("id", "cls", "json"):
             if kind in kinds:
                 return LabelRule(kind)
@@ -373,8 +370,20 @@ def _kind(name: str) -> str:
     return _base(name).partition(".")[2].lower()
 
 
-def _identity(path: str, contents: mmap.mmap, sample: Sequence[Member], rule: LabelRule) -> str:
-    where = f"tar {path}: the sample {_key(sample[0].name)!r} at byte {sample[0].offset}"
+def _image(place: str, sample: Sequence[Member]) -> Member:
+    images = [member for member in sample if _kind(member.name) in _ALL_KINDS]
+    where = f"tar {place} at byte {sample[0].offset}"
+    if len(images) != 1:
+        raise DataError(f"{where} has {len(images)} images ({', '.join(IMAGE_KINDS)}); must have one")
+    if _kind(images[0].name) not in IMAGE_KINDS:
+        raise DataError(
+            f"{where} has a .{_kind(images[0].name)}, which training cannot read where it lies; must be {', '.join(IMAGE_KINDS)}"
+        )
+    return images[0]
+
+
+def _identity(place: str, contents: mmap.mmap, sample: Sequence[Member], rule: LabelRule) -> str:
+    where = f"tar {place} at byte {sample[0].offset}"
     if rule.kind is None:
         folder = _key(sample[0].name).rpartition("/")[0]
         if not folder:
@@ -382,7 +391,7 @@ def _identity(path: str, contents: mmap.mmap, sample: Sequence[Member], rule: La
         return folder
     member = next((one for one in sample if _kind(one.name) == rule.kind), None)
     if member is None:
-        raise DataError(f"{where} has no .{rule.kind}; the first one does, and it names the identity")
+        raise DataError(f"{where} has no .{rule.kind}; {rule.why}")
     if member.size > _LONGEST_TEXT:
         raise DataError(f"{where} has a .{rule.kind} of {member.size} bytes; must be at most {_LONGEST_TEXT}")
     raw = contents[member.offset : member.offset + member.size]
@@ -401,6 +410,10 @@ def _identity(path: str, contents: mmap.mmap, sample: Sequence[Member], rule: La
         return number_key(value)
     if rule.kind == "cls" and isinstance(value, str) and value.isascii() and value.isdigit():
         return number_key(int(value))
+    if rule.kind == "cls" and isinstance(value, str) and _OTHER_NUMBER.fullmatch(value):
+        raise DataError(
+            f"{where} has the class {value}; must be a whole number from 0, or text. Samples without an identity cannot be used"
+        )
     if not isinstance(value, str) or not value:
         raise DataError(f"{where} has the identity {value!r}; must be text or a whole number from 0")
     return value

@@ -140,8 +140,11 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Nobody else is in here with the same file. Errors: DataError when somebody is and stays."""
+def locked(path: Path, what: str) -> Iterator[bool]:
+    """Nobody else is in here with the same file. False: who had it has removed the file.
+
+    Errors: DataError when somebody is and stays.
+    """
     with path.open("w") as lock:
         give_up_s = time.monotonic() + _LOCK_PATIENCE_S
         while True:
@@ -152,7 +155,11 @@ def locked(path: Path, what: str) -> Iterator[None]:
                 if time.monotonic() > give_up_s:
                     raise DataError(f"{what} is being written by another process; wait for it or stop it") from None
                 time.sleep(0.1)
-        yield
+        try:
+            is_there = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+        except FileNotFoundError:
+            is_there = False
+        yield is_there
 
 
 def on_disk(value: _T, folder: Path, name: str = "part") -> _T:

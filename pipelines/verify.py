@@ -1,8 +1,9 @@
 """Everything that can be wrong with a packed data set, found shard by shard and listed with shard and key.
 
     data-set     it does not open: a missing, damaged or foreign manifest, index, list of identities or names
-    shard        a tar is missing, has another size, another checksum or another number of samples
+    shard        a tar is missing, has another size, another checksum or another number of samples, or is not in the manifest
     tar          its structure breaks, at a byte that is named
+    key          a key occurs twice in a tar: readers that go by keys mix two samples up, or lose one
     index        a row points at no image, or one of another size
     unindexed    an image of a tar that no row points at
     label        a row's label is out of range, or .cls or .id beside the image say another
@@ -35,14 +36,15 @@ from pipelines.duplicates import Hashes, alike_pairs, confirmed, exact_hash, loo
 from pipelines.images import check_decodes
 from pipelines.importable import number_key
 from pipelines.manifest import Manifest, PackedDataset, Quarantined, ShardRecord, file_sha256, is_url, read_quarantine
-from pipelines.members import BrokenTarError, Member, read_members
+from pipelines.members import BrokenTarError, Member, in_samples, read_members
 from pipelines.order import Int64Array
 from pipelines.parallel import over_parts
 
 Progress = Callable[[str, int, int], None]
 
-KINDS = ("data-set", "shard", "tar", "index", "unindexed", "label", "undecodable", "duplicate", "look-alike")
-NOT_QUARANTINED = frozenset(("look-alike",))
+KINDS = ("data-set", "shard", "tar", "key", "index", "unindexed", "label", "undecodable", "duplicate", "look-alike")
+NOT_QUARANTINED = frozenset(("key", "look-alike"))
+_PIECE_ROWS = 1 << 20
 MOST_LISTED = 10_000  # of a kind in a shard; more means that the shard or the index is another one
 
 
@@ -103,6 +105,8 @@ def verify(
     findings, manifest = list(parts.findings), parts.manifest
     if manifest is None:
         return Report(tuple(findings), 0, 0, decode, duplicates, {})
+    if manifest.root is None:  # in a folder of somebody else there may be other tars
+        findings += _extra_shards(directory, manifest)
     hashes = Hashes.empty(len(parts.index)) if duplicates else None
     unlisted: Counter[str] = Counter()
     numbering: list[npt.NDArray[np.int64]] = []
@@ -115,6 +119,7 @@ def verify(
             hashes.put(found.samples, found.exact_n2, found.looks_n, found.state_n >= _DECODED)
         count("verifying shards", done + 1, len(manifest.shards))
     findings += _two_numbers(numbering)
+    findings += _out_of_range(parts, manifest, unlisted)
     if hashes is not None and parts.dataset is not None:
         findings += duplicate_findings(parts.dataset, hashes, count)
     known = frozenset(one.sample for one in parts.quarantined)
@@ -210,6 +215,34 @@ def _opened(directory: Path, count: Progress) -> _Parts:
     return _Parts(tuple(findings), manifest, index, identities, None, ())
 
 
+def _extra_shards(directory: Path, manifest: Manifest) -> list[Finding]:
+    """Tars beside the data set that are none of it: left by something, or the manifest is of another state."""
+    known = {shard.file for shard in manifest.shards}
+    extra = sorted(path.name for path in directory.glob("*.tar") if path.name not in known)
+    return [
+        Finding("shard", "is not in the manifest; nothing reads it. Remove it, or import it", name) for name in extra
+    ]
+
+
+def _out_of_range(parts: _Parts, manifest: Manifest, unlisted: Counter[str]) -> list[Finding]:
+    """Rows whose label is nobody's, or whose shard is none; whatever the shards say."""
+    findings: list[Finding] = []
+    num_labels, num_shards = len(parts.identities), len(manifest.shards)
+    for first in range(0, len(parts.index), _PIECE_ROWS):
+        rows = parts.index[first : first + _PIECE_ROWS]
+        for kind, name, limit in (("label", "label", num_labels), ("index", "shard", num_shards)):
+            wrong = np.flatnonzero((rows[name] < 0) | (rows[name] >= limit))
+            room = max(0, MOST_LISTED - sum(one.kind == kind for one in findings)) if wrong.size else 0
+            for place in wrong[:room].tolist():
+                shard = int(rows["shard"][place])
+                file = manifest.shards[shard].file if 0 <= shard < num_shards else None
+                detail = f"sample {first + place} has {name} {rows[name][place]}; must be 0 to {limit - 1}"
+                findings.append(Finding(kind, detail, file, None, first + place))
+            if wrong.size > room:
+                unlisted[kind] += int(wrong.size) - room
+    return findings
+
+
 # One shard
 
 _MISSING, _READ, _DECODED = 0, 1, 2
@@ -223,7 +256,6 @@ class ShardWork:
     record: ShardRecord
     samples: Int64Array
     rows: npt.NDArray[np.void]
-    num_labels: int
     keys: dict[int, str]
     owned: bool  # packed here, so that every image in it has a row
     decode: bool
@@ -270,9 +302,7 @@ def _works(directory: Path, parts: _Parts, manifest: Manifest, decode: bool, dup
         known = known[(known >= 0) & (known < len(parts.identities))]
         keys = {int(label): parts.identities[int(label)] for label in known}
         owned = manifest.root is None
-        yield ShardWork(
-            root / record.file, record, samples, rows, len(parts.identities), keys, owned, decode, duplicates
-        )
+        yield ShardWork(root / record.file, record, samples, rows, keys, owned, decode, duplicates)
 
 
 def check_shard(work: ShardWork) -> ShardFound:
@@ -306,13 +336,24 @@ def check_shard(work: ShardWork) -> ShardFound:
 def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
     name = work.record.file
     images: dict[int, Member] = {}
-    said: dict[str, dict[str, bytes]] = {}
+    said: dict[int, dict[str, bytes]] = {}  # beside the image at a byte
+    begins: dict[str, int] = {}
     try:
-        for member in read_members(tar):
-            if member.is_image:
-                images[member.offset] = member
-            elif member.ending in ("cls", "id"):
-                said.setdefault(member.sample, {})[member.ending] = tar[member.offset : member.offset + member.size]
+        for sample in in_samples(read_members(tar)):
+            first = begins.setdefault(sample[0].sample, sample[0].first_byte)
+            if first != sample[0].first_byte:
+                detail = (
+                    f"key {sample[0].sample!r} at byte {sample[0].first_byte} is a sample's at byte {first} already"
+                )
+                found.add(Finding("key", detail, name, sample[0].name))
+            beside = {
+                member.ending: tar[member.offset : member.offset + member.size]
+                for member in sample
+                if member.ending in ("cls", "id")
+            }
+            for member in sample:
+                if member.is_image:
+                    images[member.offset], said[member.offset] = member, beside
     except BrokenTarError as error:
         found.add(Finding("tar", str(error), name))
     pointed = set()
@@ -337,10 +378,10 @@ def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
             detail = f"sample {sample} has {row_size} bytes in the index and {image.size} in the tar"
             found.add(Finding("index", detail, name, image.name, sample))
             continue
-        beside = said.get(image.sample, {})
-        problem = (
-            _label_problem(work, label, beside, numbering) if work.owned else _foreign_problem(work, label, beside)
-        )
+        problem = None  # one out of range is told by _out_of_range
+        if label in work.keys:
+            check = _label_problem if work.owned else _foreign_problem
+            problem = check(work, label, said[offset], numbering)
         if problem is not None:
             labels.append(Finding("label", problem, name, image.name, sample))
         if work.decode or work.hashes:
@@ -360,8 +401,6 @@ def _label_problem(work: ShardWork, label: int, said: dict[str, bytes], numberin
 
     Beside an .id the number of .cls may be another than the label, as after a removal, if it is one a label everywhere.
     """
-    if label not in work.keys:
-        return f"label {label}; must be 0 to {work.num_labels - 1}"
     key = work.keys[label]
     number = said["cls"].strip() if "cls" in said else None
     if "id" in said:
@@ -376,10 +415,10 @@ def _label_problem(work: ShardWork, label: int, said: dict[str, bytes], numberin
     return None
 
 
-def _foreign_problem(work: ShardWork, label: int, said: dict[str, bytes]) -> str | None:
+def _foreign_problem(
+    work: ShardWork, label: int, said: dict[str, bytes], numbering: set[tuple[int, int]]
+) -> str | None:
     """Beside an image of tars that were only indexed, .id or else .cls should be the key, or the number of which the key was made."""
-    if label not in work.keys:
-        return f"label {label}; must be 0 to {work.num_labels - 1}"
     kind = "id" if "id" in said else "cls"
     text = said.get(kind, b"").decode("utf-8", "replace").strip()
     made = number_key(int(text)) if text.isdecimal() and len(text) <= 18 else text

@@ -17,14 +17,17 @@ import pipelines.edit as edit
 from launch.cli import main
 from lce_dist.errors import DataError, RunError
 from lce_dist.keys import hash_keys
-from pipelines.edit import merge, read_identity_map, remove
+from pipelines.edit import remove
+from pipelines.importing import ImportSettings
 from pipelines.manifest import PackedDataset, Quarantined, read_quarantine, write_quarantine
+from pipelines.merging import merge, read_identity_map
 from pipelines.pack import pack_images
 from pipelines.reading import ShardReader
 from pipelines.verify import verify
 from tests.unit.test_verify import jpeg
 
 SHARD_BYTES = 22_000  # three or four images
+SETTINGS = ImportSettings("both", SHARD_BYTES, images=None)
 
 
 def pack(out: Path, people: dict[str, int], seed: int = 0) -> Path:
@@ -70,7 +73,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_merge_joins_equal_keys_and_keeps_every_byte(two: tuple[Path, Path], tmp_path: Path) -> None:
-    merged = merge(two, tmp_path / "both", "both", {}, False, SHARD_BYTES)
+    merged = merge(two, tmp_path / "both", SETTINGS, {}, False, 1)
     assert merged.dataset.identities == ("ann", "bob", "cai")
     assert (merged.shared_identities, merged.shared_names) == (1, 2)
     assert contents(tmp_path / "both") == contents(two[0]) + contents(two[1])
@@ -81,7 +84,7 @@ def test_merge_joins_equal_keys_and_keeps_every_byte(two: tuple[Path, Path], tmp
 def test_a_map_says_who_is_one_person(two: tuple[Path, Path], tmp_path: Path) -> None:
     table = tmp_path / "same.csv"
     table.write_text(f"set,key,identity\na,ann,person 1\n{two[1]},cai,person 1\nb,bob,robert\n")
-    merged = merge(two, tmp_path / "both", "both", read_identity_map(table, two), False, SHARD_BYTES)
+    merged = merge(two, tmp_path / "both", SETTINGS, read_identity_map(table, two), False, 1)
     dataset = merged.dataset
     assert dataset.identities == ("bob", "person 1", "robert")
     assert np.bincount(dataset.index["label"]).tolist() == [3, 9, 2]
@@ -89,14 +92,14 @@ def test_a_map_says_who_is_one_person(two: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_prefix_keeps_people_of_two_sets_apart(two: tuple[Path, Path], tmp_path: Path) -> None:
-    merged = merge(two, tmp_path / "both", "both", {(1, "cai"): "a/ann"}, True, SHARD_BYTES)
+    merged = merge(two, tmp_path / "both", SETTINGS, {(1, "cai"): "a/ann"}, True, 1)
     assert merged.dataset.identities == ("a/ann", "a/bob", "b/bob") and merged.shared_identities == 1
 
 
 def test_merge_keeps_the_quarantine(two: tuple[Path, Path], tmp_path: Path) -> None:
     write_quarantine(two[1], [Quarantined(4, "000000004.jpg", "blurred")])
     before = PackedDataset.open(two[1]).name_hash_N2
-    merged = merge(two, tmp_path / "both", "both", {}, False, SHARD_BYTES).dataset
+    merged = merge(two, tmp_path / "both", SETTINGS, {}, False, 1).dataset
     (one,) = read_quarantine(tmp_path / "both", merged.num_samples)
     assert one.reason == "blurred" and merged.sample_key(one.sample) == one.key
     assert before is not None and merged.name_hash_N2 is not None
@@ -116,13 +119,13 @@ def test_merge_keeps_the_quarantine(two: tuple[Path, Path], tmp_path: Path) -> N
 def test_a_wrong_map_is_one_line(two: tuple[Path, Path], tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "map.csv").write_text(text)
     with pytest.raises(DataError, match=word):
-        merge(two, tmp_path / "both", "m", read_identity_map(tmp_path / "map.csv", two), False, SHARD_BYTES)
+        merge(two, tmp_path / "both", SETTINGS, read_identity_map(tmp_path / "map.csv", two), False, 1)
     assert not (tmp_path / "both").exists()
 
 
 def test_merge_does_not_write_over(two: tuple[Path, Path]) -> None:
-    with pytest.raises(DataError, match="exists"):
-        merge(two, two[0], "m", {}, False, SHARD_BYTES)
+    with pytest.raises(DataError, match="already holds a data set 'faces' from another source"):
+        merge(two, two[0], SETTINGS, {}, False, 1)
 
 
 # Removal

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import random
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,10 @@ from launch.cli import main
 from lce_dist.errors import DataError
 from lce_dist.keys import hash_keys
 from pipelines.folders import FileSource, open_folder
-from pipelines.images import ImageRules, as_jpeg, check_decodes, is_plain_jpeg
+from pipelines.images import ImageRules, as_jpeg, check_decodes
 from pipelines.importable import Texts
-from pipelines.importing import Batch, ImportSettings, _TarStream, import_images, make_plan
+from pipelines.importing import Batch, ImportSettings, TarStream, import_images, make_plan
+from pipelines.jpeg import is_plain_jpeg
 from pipelines.manifest import PackedDataset, verify_checksums
 from pipelines.order import derive_key, permute
 from pipelines.reading import ShardReader
@@ -115,7 +118,7 @@ def test_many_headers_at_once_are_those_of_one_by_one(tmp_path: Path) -> None:
     )
     fast, slow = (tmp_path / "fast.tar").open("wb", buffering=0), (tmp_path / "slow.tar").open("wb", buffering=0)
     with fast, slow:
-        one, other = _TarStream(fast), _TarStream(slow)
+        one, other = TarStream(fast), TarStream(slow)
         for _ in range(2):
             assert one.add_samples(batch).tolist() == other.add_samples_one_by_one(batch).tolist()
         assert one.close() == other.close()
@@ -239,7 +242,7 @@ def test_bad_images_are_left_out_and_listed_and_so_is_who_has_no_other(
     (tree / "solo" / "1.jpg").write_bytes(encoded(1)[:300])
     skipping = ImportSettings(shard_bytes=20_000, skip_bad=True)
     imported = import_images(open_folder(tree), tmp_path / "out", skipping, num_workers)
-    assert imported.dropped_identities == ("Greek/alpha",) and imported.num_skipped == 1
+    assert imported.dropped_identities == ("Greek/alpha",) and imported.num_skipped == 6
     assert imported.dataset.identities == ("Greek/beta", "solo", "späte")
     with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
         rows = list(csv.reader(file))
@@ -322,6 +325,47 @@ def test_a_plan_holds_every_image_once(sizes: list[int], shard_bytes: int, seed:
             assert len(set(unit_of[np.isin(plan.order_M, np.flatnonzero(group_N == group))].tolist())) == 1
 
 
+def test_every_image_file_is_an_image_and_others_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "photos"
+    for person in ("ann", "bob"):
+        (source / person).mkdir(parents=True)
+    kinds = {"a.tiff": "TIFF", "b.jp2": "JPEG2000", "c.jfif": "JPEG", "d.ppm": "PPM", "e.gif": "GIF", "f.avif": "AVIF"}
+    for name, kind in kinds.items():
+        (source / "ann" / name).write_bytes(encoded(7, kind))
+    (source / "bob" / "g.jpg").write_bytes(encoded(8))
+    (source / "bob" / "h.HEIC").write_bytes(b"ftypheic" * 9)
+    for name in ("notes.txt", "more.txt", ".DS_Store", "Thumbs.db"):
+        (source / "bob" / name).write_bytes(b"x")
+    for images, place in ((source, "a"), (zipped(source, tmp_path / "t.zip"), "b")):
+        out = tmp_path / place
+        assert main(["data", "import", str(images), str(out), "--workers", "1"]) == 2
+        assert "h.HEIC cannot be decoded" in capsys.readouterr().err
+        assert main(["data", "import", str(images), str(out), "--workers", "1", "--bad", "skip", "--json", "-"]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert (values["samples"], values["identities"], values["skipped"]) == (7, 2, 1)
+        assert values["notes"] == ["3 files that are no images were passed over: .txt (2), .db (1)"]
+        assert "bob/h.HEIC,bob," in (out / "skipped.csv").read_text()
+        assert main(["data", "import", str(images), str(out), "--workers", "1", "--bad", "skip"]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert "7 images of 2 identities in 1 shards; 1 left out, see " in last and last.endswith(".txt (2), .db (1)")
+    assert all(bytes(one).startswith(b"\xff\xd8") for one in ShardReader(PackedDataset.open(out)).read(np.arange(7)))
+
+
+def test_who_waited_for_another_import_opens_what_it_made(tree: Path, tmp_path: Path) -> None:
+    import_images(open_folder(tree), tmp_path / "made", SMALL, 1)
+    work = tmp_path / "out.importing"
+    work.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with locked(work / "lock", "x"):
+            second = pool.submit(import_images, open_folder(tree), tmp_path / "out", SMALL, 1)
+            time.sleep(0.5)
+            assert not second.done()
+            (tmp_path / "made").rename(tmp_path / "out")
+            shutil.rmtree(work)
+        found = second.result()
+    assert found.dataset.num_samples == 27 and found.num_shards_found == len(found.dataset.manifest.shards)
+
+
 def test_size_and_quality(tmp_path: Path) -> None:
     large, grey = encoded(3, size=(300, 200)), encoded(3, size=(40, 60), mode="L")
     shrunk = Image.open(io.BytesIO(as_jpeg(large, "x", size=100)))
@@ -352,7 +396,7 @@ def test_headers_tell_what_passes_untouched(tree: Path) -> None:
         b"\xff\xd8\xff\xd9" + bytes(20),
     ]
     assert not any(is_plain_jpeg(one) for one in others)
-    trusting = ImageRules(decode=False)
+    trusting = ImageRules(check="none")
     assert trusting.apply(encoded(1)[:-200], "x") == encoded(1)[:-200]
     for one in (encoded(1, mode="CMYK"), encoded(1, "PNG")):
         assert is_plain_jpeg(trusting.apply(one, "x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import pickle
@@ -138,6 +139,14 @@ def test_labels_that_float32_cannot_hold(tmp_path: Path) -> None:
         open_records(path)
 
 
+def test_a_list_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path / "train.rec", arcface(IMAGES, LABELS))
+    assert main(["data", "import", str(path), str(tmp_path / "out"), "--labels", str(tmp_path / "no.lst")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("lce: list ") and "no.lst cannot be read" in error[-1]
+    assert not (tmp_path / "out.importing").exists()
+
+
 def test_a_list_of_arcface_torch_counts_its_lines_from_one(tmp_path: Path) -> None:
     path = written(tmp_path / "train.rec", arcface(IMAGES, LABELS))
     listed = tmp_path / "names.lst"
@@ -250,10 +259,17 @@ def test_identities_from_ids_json_text_and_folders(tmp_path: Path) -> None:
     )
     for members, error in (
         ([("a.jpg", jpg)], "must have .id, .cls or .json"),
-        ([("a.cls", b"1"), ("a.jpg", jpg), ("b.jpg", jpg)], "'b' at byte 3072 has no .cls"),
+        ([("a.cls", b"1"), ("a.jpg", jpg), ("b.jpg", jpg)], r"a.tar:b at byte 3072 has no .cls; the first one does"),
         ([("a.cls", b"1"), ("a.jpg", jpg), ("a.png", jpg)], "has 2 images"),
         ([("a.cls", b"1"), ("a.txt", jpg)], "has 0 images"),
-        ([("a.cls", b"-1"), ("a.jpg", jpg), ("b.cls", b""), ("b.jpg", jpg)], "has the identity ''"),
+        ([("a.cls", b"1"), ("a.jpg", jpg), ("b.cls", b""), ("b.jpg", jpg)], "has the identity ''"),
+        *(
+            (
+                [("a.cls", b"1"), ("a.jpg", jpg), ("b.cls", number), ("b.jpg", jpg)],
+                rf"a.tar:b .* has the class {number.decode()}; must be",
+            )
+            for number in (b"-1", b"1.5", b"nan")
+        ),
         ([("a.json", b"{}"), ("a.jpg", jpg)], "has no 'label' in its .json"),
         ([("a.json", b"{"), ("a.jpg", jpg)], "cannot be read"),
         ([("a.json", b'{"label": true}'), ("a.jpg", jpg)], "has the identity True"),
@@ -286,7 +302,78 @@ def test_every_cut_of_a_tar_is_an_error_that_names_file_and_byte(tmp_path: Path)
         index(path.parent, tmp_path / "out4")
 
 
-def test_bad_images_in_tars_and_what_is_not_done_there(tmp_path: Path) -> None:
+def test_one_policy_for_what_is_wrong_with_a_sample_of_a_tar(tmp_path: Path) -> None:
+    """No identity, no number, two images, a format that training cannot read there: each stops, or is left out and listed."""
+    gif, bmp, tiff = (encoded(1, kind) for kind in ("GIF", "BMP", "TIFF"))
+    bad: list[tuple[str, bytes]] = [
+        ("b.cls", b"-1"),
+        ("b.jpg", IMAGES[1]),
+        ("c.jpg", IMAGES[2]),
+        ("d.cls", b"1"),
+        ("d.gif", gif),
+    ]
+    bad += [
+        ("e.cls", b"1"),
+        ("e.jpg", IMAGES[3]),
+        ("e.png", IMAGES[3]),
+        ("f.cls", b"1"),
+        ("f.jpg", gif),
+        ("g.cls", b"1"),
+        ("g.heic", b"x"),
+    ]
+    good = [("a.cls", b"1"), ("a.jpg", IMAGES[0]), ("y.cls", b"2"), ("y.bmp", bmp), ("z.cls", b"2"), ("z.tif", tiff)]
+    root = tmp_path / "shards"
+    tar_of(root / "a.tar", [*good[:2], *bad, *good[2:]])
+    imported = index(root, tmp_path / "out", SKIP)
+    assert contents(imported.dataset) == {IMAGES[0]: "000000001", bmp: "000000002", tiff: "000000002"}
+    with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    expected = {
+        "a.tar/b.jpg": "has the class -1",
+        "a.tar/c.jpg": "has no .cls",
+        "a.tar:d": "has a .gif",
+        "a.tar:e": "has 2 images",
+        "a.tar/f.jpg": "is GIF",
+        "a.tar:g": "has a .heic",
+    }
+    assert {row[0] for row in rows} == expected.keys()
+    assert all(expected[row[0]] in row[2] for row in rows)
+    assert imported.num_skipped == 6
+    for sample in "bcdefg":
+        tar_of(root / "a.tar", [*good[:2], *(one for one in bad if one[0][0] == sample)])
+        with pytest.raises(DataError, match="--bad skip"):
+            index(root, tmp_path / "stopped")
+
+
+def test_beside_one_tar_that_is_named_there_may_be_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar_of(tmp_path / "tars" / "s.tar", [("a.cls", b"1"), ("a.jpg", IMAGES[0]), ("b.cls", b"2"), ("b.jpg", IMAGES[1])])
+    monkeypatch.chdir(tmp_path / "tars")
+    assert main(["data", "import", "s.tar", "packed/x", "--workers", "1"]) == 0
+    told = capsys.readouterr()
+    assert "indexing: 0.0/0.0 MB\n" in told.err or "indexing: 0.0/0.0 MB 0 MB/s\n" in told.err, told.err
+    (tmp_path / "tars").rename(tmp_path / "moved")
+    assert contents(PackedDataset.open(tmp_path / "moved" / "packed" / "x")).keys() == set(IMAGES[:2])
+    with pytest.raises(DataError, match=r"s.tar:a .* has no .json; --label-key who asks for one"):
+        index(tmp_path / "moved", tmp_path / "out", label_key="who")
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_sorted_tars_are_known_as_such(tmp_path: Path, in_order: bool) -> None:
+    people = [number // 6 for number in range(60)]
+    if not in_order:
+        people = np.random.default_rng(1).permutation(people).tolist()
+    members = [
+        member
+        for number, person in enumerate(people)
+        for member in ((f"{number}.cls", b"%d" % person), (f"{number}.jpg", IMAGES[number % 9]))
+    ]
+    tar_of(tmp_path / "shards" / "a.tar", members)
+    assert index(tmp_path / "shards", tmp_path / "out").dataset.manifest.shuffled is (False if in_order else None)
+
+
+def test_bad_images_in_tars_and_what_is_not_done_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "shards"
     tar_of(root / "a.tar", [("a.cls", b"1"), ("a.jpg", IMAGES[0][:300]), ("b.cls", b"2"), ("b.jpg", IMAGES[1])])
     with pytest.raises(DataError, match=r"image a.tar/a.jpg cannot be decoded.*--bad skip"):
@@ -294,8 +381,8 @@ def test_bad_images_in_tars_and_what_is_not_done_there(tmp_path: Path) -> None:
     imported = index(root, tmp_path / "out", SKIP)
     assert imported.num_skipped == 1 and imported.dataset.identities == ("000000002",)
     assert "a.tar/a.jpg,000000001," in (tmp_path / "out" / "skipped.csv").read_text()
-    with pytest.raises(DataError, match="nothing is written"):
-        index(root, root / "out")
+    assert main(["data", "import", str(root), str(root / "out")]) == 2
+    assert "nothing is written" in capsys.readouterr().err and not (root / "out").exists()
     assert main(["data", "import", str(root), str(tmp_path / "o"), "--size", "112"]) == 2
     assert main(["data", "import", str(root), str(tmp_path / "o"), "--workers", "1", "--bad", "skip"]) == 0
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from launch.cli import main
 from lce_dist.errors import DataError
+from pipelines.edit import remove
 from pipelines.images import ImageRules
 from pipelines.importing import ImportSettings
 from pipelines.manifest import PackedDataset, file_sha256, read_quarantine, write_description
@@ -177,6 +178,45 @@ def test_a_label_out_of_range_is_told_with_its_row(copy: Path) -> None:
     assert kinds[0] == ("data-set", None) and ("label", 7) in kinds
 
 
+def test_rows_out_of_range_are_told_whatever_the_shards_say(copy: Path) -> None:
+    PackedDataset.open(copy).shard_path(0).unlink()
+    index = np.array(np.load(copy / "index.npy"))
+    index["label"][[0, 15]], index["shard"][7] = (-1, 4), 99
+    np.save(copy / "index.npy", index)
+    report = verify(copy, num_workers=1)
+    rows = [(one.kind, one.sample, one.detail) for one in report.findings if one.sample is not None]
+    assert ("label", 0, "sample 0 has label -1; must be 0 to 3") in rows
+    assert ("label", 15, "sample 15 has label 4; must be 0 to 3") in rows
+    assert [one[1] for one in rows if one[0] == "index" and "has shard 99" in one[2]] == [7]
+
+
+def test_a_tar_that_the_manifest_does_not_know_is_found(copy: Path) -> None:
+    shutil.copy(copy / "faces-000000.tar", copy / "more-000000.tar")
+    (one,) = verify(copy, num_workers=1).findings
+    assert (one.kind, one.shard) == ("shard", "more-000000.tar") and "not in the manifest" in one.detail
+
+
+def test_a_key_that_comes_twice_is_found_and_costs_no_sample(packed: Path, copy: Path) -> None:
+    """Two samples of two people under one key: nobody is held against what lies beside the other."""
+    path, name = copy / "faces-000000.tar", b"000000001"
+    content = bytearray(path.read_bytes())
+    for one in read_members(bytes(content)):
+        if one.sample == "000000000":
+            header = content[one.offset - 512 : one.offset]
+            header[:9], header[148:156] = name, b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            content[one.offset - 512 : one.offset] = header
+    path.write_bytes(content)
+    sign_again(copy, lambda index, keys: None)
+    report = verify(copy, decode=True, num_workers=1)
+    assert [(one.kind, one.sample) for one in report.findings] == [("key", None)]
+    assert "key '000000001' at byte" in report.findings[0].detail
+    assert to_quarantine(report, copy) == []
+    remove(copy, ["ann"], [])  # the first of the two; the other one stays
+    left = PackedDataset.open(copy)
+    assert left.num_samples == 12 and verify(copy, decode=True, num_workers=1).findings == ()
+
+
 def test_what_cannot_be_decoded_is_found_when_asked(copy: Path) -> None:
     overwrite(copy, "000000009.jpg", jpeg(9)[:300])
     overwrite(copy, "000000010.jpg", b"no image")
@@ -259,7 +299,7 @@ def test_tars_that_were_only_indexed_have_their_own_labels(tmp_path: Path, kind:
                 header = tarfile.TarInfo(f"s{number}.{ending}")
                 header.size = len(payload)
                 tar.addfile(header, io.BytesIO(payload))
-    settings = ImportSettings(name="tars", images=ImageRules(decode=False))
+    settings = ImportSettings(name="tars", images=ImageRules(check="none"))
     label_key = "label" if kind == "json" else None
     out = tmp_path / "out"
     index_tars([tmp_path / "tars" / "0.tar"], tmp_path / "tars", out, settings, 1, label_key)
