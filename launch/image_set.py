@@ -49,7 +49,9 @@ def open_images(place: str, names: Path | None, work: Path, progress: Progress) 
     view = _all(dataset)
     who = _identities(view)
     if names is None:
-        return ImageSet(view, [f"{one}/{number:09d}" for one, number in zip(who, view.sample_ids, strict=True)], who)
+        return ImageSet(
+            view, [f"{one}/{number:09d}" for one, number in zip(who, np.asarray(view.sample_ids), strict=True)], who
+        )
     if not names.is_file():
         raise DataError(f"--names {names} is not a file; write the names of the packed images, one a line")
     return ImageSet(view, _names(view, lambda: lines_of(names), str(names)), who)
@@ -88,7 +90,7 @@ def _all(dataset: PackedDataset) -> View:
 
 def _identities(view: View) -> list[str]:
     name_C = list(view.identities)
-    return [name_C[label] for label in view.labels.tolist()]
+    return [name_C[label] for label in np.asarray(view.labels).tolist()]
 
 
 def _names(view: View, names: Callable[[], Iterator[str]], source: str) -> list[str]:

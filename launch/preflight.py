@@ -106,6 +106,11 @@ def notes(config: Config, default_store: Path, dataset: PackedDataset) -> Iterat
     if shuffle_of(config.data, dataset) == "blocks" and dataset.manifest.shuffled is False:
         yield (
             f"data.shuffle is blocks, and {dataset.directory} lies in an order of its own (shuffled: false in its manifest), so "
-            f"that a batch holds neighbours of at most {config.data.shuffle_window} blocks of {config.data.shuffle_block}: few "
-            "identities. Import or merge it into shards of our own, or take data.shuffle = 'global'"
+            f"that a batch mixes neighbours of {config.data.shuffle_lanes} x {config.data.shuffle_window} shards: few identities. "
+            "Import or merge it into shards of our own, or take data.shuffle = 'global'"
+        )
+    if dataset.is_remote and config.data.sampling != "uniform":
+        yield (
+            f"data.sampling is {config.data.sampling!r}, which reads all shards at random, and they lie at a URL: give "
+            f"cluster.cache_gib ({config.cluster.cache_gib:g}) room for all of them, or shards are fetched again and again"
         )
