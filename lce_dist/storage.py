@@ -36,6 +36,7 @@ warnings.filterwarnings("ignore", message=".*torch.distributed is.*", category=U
 
 MANIFEST = "manifest.json"
 FORMAT = "lce-dist-tensors"
+_KEYS = {"format", "version", "files", "shapes", "state", "sha256"}
 _LOOK_S = 0.05  # between two looks for the files of other ranks
 _SEEN_S = 300.0  # until a network file system shows what others have written, at the latest
 _LEAVE_S = 30.0
@@ -67,7 +68,7 @@ class Writing:
     """A directory on its way to the disk, in a thread; when every rank's file is there, the first rank's thread commits it.
 
     copied: values are as they were when it began, whatever becomes of the tensors; otherwise they must stay as they are.
-    then: called by the first rank's thread after the commit. Errors: RunError, on every rank, where it cannot begin.
+    allow: asked by the first rank's thread immediately before the commit; its error prevents it. then: called after it. Errors: RunError, on every rank, where it cannot begin.
     **Memory**: with copied, the rank's part once more, in the machine's memory. **Collectives**: a small all-reduce.
     """
 
@@ -79,9 +80,11 @@ class Writing:
         world: World,
         copied: bool = True,
         then: Callable[[], None] | None = None,
+        allow: Callable[[], None] = lambda: None,
     ) -> None:
         self.is_committed = False
-        self._directory, self._state, self._world, self._then = directory, state, world, then
+        self._directory, self._state, self._world = directory, state, world
+        self._then, self._allow = then, allow
         self._partial = directory.with_name(directory.name + ".partial")
         self._shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         self._error: Exception | None = None
@@ -109,7 +112,9 @@ class Writing:
             self._all.join(_SEEN_S)
             if self._all.is_alive():
                 self._given_up.set()
-                self._error = RunError(f"files of other ranks are not seen here after {_SEEN_S:.0f} s")
+                self._error = RunError(
+                    f"{self._partial}: files of other ranks are not seen here after {_SEEN_S:.0f} s. Is it shared storage?"
+                )
         together(self._raise, self._world, RunError)
         self.is_committed = True
 
@@ -121,6 +126,8 @@ class Writing:
         self._given_up.set()
 
     def _raise(self) -> None:
+        if isinstance(self._error, LceError):
+            raise self._error
         if self._error is not None:
             words = f"{type(self._error).__name__}: {self._error}"
             raise RunError(f"{self._partial} cannot be written: {words}. Free space or go elsewhere") from self._error
@@ -149,7 +156,7 @@ class Writing:
             for part in parts:
                 files |= json.loads(part.read_text())
                 part.unlink()
-            finish(self._partial, self._directory, files, self._shapes, self._state)
+            finish(self._partial, self._directory, files, self._shapes, self._state, self._allow)
             self.is_committed = True
             if self._then is not None:
                 self._then()
@@ -180,10 +187,20 @@ def start(partial: Path) -> None:
 
 
 def finish(
-    partial: Path, directory: Path, files: dict[str, Any], shapes: dict[str, list[int]], state: dict[str, Any]
+    partial: Path,
+    directory: Path,
+    files: dict[str, Any],
+    shapes: dict[str, list[int]],
+    state: dict[str, Any],
+    allow: Callable[[], None] = lambda: None,
 ) -> None:
-    """Give a directory that is written in full its manifest and its name; one of that name makes room."""
-    write_json(partial / MANIFEST, {"format": FORMAT, "version": 1, "files": files, "shapes": shapes, "state": state})
+    """Give a directory that is written in full its manifest and its name; one of that name makes room.
+
+    allow: asked immediately before that; its error leaves everything as it was.
+    """
+    manifest = {"format": FORMAT, "version": 1, "files": files, "shapes": shapes, "state": state}
+    write_json(partial / MANIFEST, {**manifest, "sha256": _seal(manifest)})
+    allow()
     replaced = directory.with_name(directory.name + ".replaced")
     if directory.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -217,6 +234,15 @@ def damage(directory: Path, world: World) -> str | None:
     """
     try:
         together(lambda: _check_hashes(directory, world), world)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def missing(directory: Path, world: World) -> str | None:
+    """As ``damage``, by the sizes of the files alone. **Collectives**: a small all-reduce."""
+    try:
+        together(lambda: _check_files(directory), world)
     except CheckpointError as error:
         return str(error)
     return None
@@ -322,10 +348,20 @@ def _read_manifest(directory: Path) -> Stored:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT or values.get("version") != 1:
         raise CheckpointError(f"{path} is not version 1 of {FORMAT}; it was written by another program or release")
+    if unknown := sorted(values.keys() - _KEYS):
+        raise CheckpointError(f"{path} is damaged: it has {unknown[0]!r}; it may have {', '.join(sorted(_KEYS))}")
+    sealed = {key: value for key, value in values.items() if key != "sha256"}
+    if "sha256" in values and values["sha256"] != _seal(sealed):  # older ones have none
+        raise CheckpointError(f"{path} is damaged: what it says is not what was written (its sha256 differs)")
     try:
         return Stored(values["files"], values["shapes"], values["state"])
     except KeyError as error:
         raise CheckpointError(f"{path} is damaged: it has no {error}") from None
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """Of what a manifest says, whatever the spacing of its JSON."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(path: Path) -> dict[str, Any]:

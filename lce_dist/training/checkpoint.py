@@ -24,11 +24,19 @@ class Checkpoints:
     """``directory``/step-00000120/...: network, head rows and whose they are, both momenta, a small JSON state.
 
     The order of samples, augmentation, schedules and random numbers are functions of (seed, step), so the
-    step is all that they need. identity_SL: the keys of this shard's rows (``identity_tensor``).
+    step is all that they need. identity_SL: the keys of this shard's rows (``identity_tensor``). allow: asked
+    immediately before a commit; its error prevents it.
     """
 
     def __init__(
-        self, directory: Path, keep: int, engine: Engine, head: ShardedHead, identity_SL: torch.Tensor, world: World
+        self,
+        directory: Path,
+        keep: int,
+        engine: Engine,
+        head: ShardedHead,
+        identity_SL: torch.Tensor,
+        world: World,
+        allow: Callable[[], None] = lambda: None,
     ) -> None:
         self.directory = directory
         self.keep = keep
@@ -36,6 +44,7 @@ class Checkpoints:
         self.head = head
         self.identity_SL = identity_SL
         self.world = world
+        self._allow = allow
         self._writing: storage.Writing | None = None
         self._untold: list[tuple[int, storage.Writing]] = []
 
@@ -48,7 +57,12 @@ class Checkpoints:
         self.engine.average_buffers()
         tensors = self._tensors(self.engine.tensors())
         self._writing = storage.Writing(
-            self._path(step), tensors, {"step": step, **state}, self.world, then=self._remove_old
+            self._path(step),
+            tensors,
+            {"step": step, **state},
+            self.world,
+            then=self._remove_old,
+            allow=self._allow,
         )
         self._untold.append((step, self._writing))
 
@@ -74,7 +88,7 @@ class Checkpoints:
         return told
 
     def _remove_old(self) -> None:
-        for old in self._steps()[self.keep :]:
+        for old in committed_steps(self.directory)[self.keep :]:
             shutil.rmtree(self._path(old), ignore_errors=True)
 
     def resume(self, fingerprint: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
@@ -86,7 +100,7 @@ class Checkpoints:
         self.finish()
         for step in self._agreed_steps():
             path = self._path(step)
-            reason = storage.damage(path, self.world)
+            reason = storage.damage(path, self.world) or other_step(path, self.world)
             if reason is not None:
                 warn(f"checkpoint skipped: {reason}; going on from the one before it")
                 continue
@@ -117,17 +131,26 @@ class Checkpoints:
 
     def _agreed_steps(self) -> list[int]:
         """What the first rank sees: a shared file system may show it to others later."""
-        steps = self._steps() if self.world.is_first else []
+        steps = committed_steps(self.directory) if self.world.is_first else []
         count = all_reduce_max(torch.tensor([len(steps)], device=self.world.device), self.world)
         listed = torch.full((int(count.item()),), -1, dtype=torch.int64)
         listed[: len(steps)] = torch.tensor(steps, dtype=torch.int64)
         agreed: list[int] = all_reduce_max(listed.to(self.world.device), self.world).tolist()
         return agreed
 
-    def _steps(self) -> list[int]:
-        """Committed steps, newest first."""
-        names = (path.name for path in self.directory.glob("step-*"))
-        return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
+
+def committed_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, newest first."""
+    names = (path.name for path in directory.glob("step-*"))
+    return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
+
+
+def other_step(path: Path, world: World) -> str | None:
+    """Why a checkpoint that is whole is not that of its name, or None; the same on every rank."""
+    step = storage.read_manifest(path, world).state.get("step")
+    if step == int(path.name[5:]):
+        return None
+    return f"{path / storage.MANIFEST} says step {step}; the folder's name says {int(path.name[5:])}"
 
 
 def load_network(directory: Path, net: nn.Module) -> None:

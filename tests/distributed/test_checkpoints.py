@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from lce_dist import storage
 from lce_dist.collectives import barrier
 from lce_dist.errors import RunError
 from lce_dist.tensor_file import Column, write_file
+from lce_dist.training.checkpoint import other_step
+from lce_dist.training.fence import ATTEMPT_FILE, begin_attempt, take_over
 from lce_dist.world import World, shard_bounds
 
 CLASSES = 7
@@ -123,3 +126,73 @@ def full_for_one(world: World, folder: str, bad_rank: int) -> str:
 def test_a_disk_that_is_full_for_one_is_told_by_all_and_the_one_before_stays(run_distributed, tmp_path, bad_rank):
     answers = run_distributed(full_for_one, 3, str(tmp_path), bad_rank)
     assert len(set(answers)) == 1 and "No space left on device" in answers[0] and "Free space" in answers[0]
+
+
+def test_a_manifest_that_says_something_else_is_refused_and_an_older_one_without_a_seal_is_read(tmp_path: Path) -> None:
+    alone = World()
+    storage.save(tmp_path / "step-00000001", tensors(alone, 1.0), {"step": 1}, alone)
+    manifest = tmp_path / "step-00000001" / storage.MANIFEST
+    written = manifest.read_text()
+    assert storage.damage(manifest.parent, alone) is None and other_step(manifest.parent, alone) is None
+    harms = {
+        "digit": written.replace('"step": 1', '"step": 9'),
+        "hash": written.replace('"sha256": "', '"sha256": "0', 1),
+        "shape": written.replace("[2, 3]", "[3, 2]"),
+        "name of the seal": written.replace('}, "sha256"', '}, "sha254"'),
+    }
+    for name, text in harms.items():
+        assert text != written, name
+        manifest.write_text(text)
+        reason = storage.damage(manifest.parent, alone)
+        assert reason is not None and str(manifest) in reason and "damaged" in reason, (name, reason)
+    values = json.loads(written)
+    del values["sha256"]
+    manifest.write_text(json.dumps(values, indent=3))
+    assert storage.damage(manifest.parent, alone) is None, "written before there were seals"
+    values["state"]["step"] = 9
+    manifest.write_text(json.dumps(values))
+    assert storage.damage(manifest.parent, alone) is None
+    assert other_step(manifest.parent, alone) == f"{manifest} says step 9; the folder's name says 1"
+
+
+def outlived(world: World, folder: str) -> str:
+    """A write that is under way when another attempt begins."""
+    run, directory, release = Path(folder), Path(folder) / "step-00000005", threading.Event()
+    check = take_over(run, (run / ATTEMPT_FILE).read_text().strip()) if world.is_first else lambda: None
+
+    def slowly(path: Path, columns: dict[str, Column]) -> dict[str, object]:
+        release.wait()
+        return write_file(path, columns)
+
+    storage.Writing(directory, tensors(world, 1.0), {"step": 5}, world, allow=check).finish()
+    with mock.patch("lce_dist.storage.write_file", slowly):
+        writing = storage.Writing(directory, tensors(world, 2.0), {"step": 5}, world, allow=check)
+        barrier(world)
+        if world.is_first:
+            begin_attempt(run)
+        barrier(world)
+        release.set()
+        with pytest.raises(RunError) as told:
+            writing.finish()
+    assert not writing.is_committed
+    assert torch.equal(loaded(directory, world)["net"], torch.full((2, 3), 1.0)), "what was there is as it was"
+    return str(told.value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_who_outlived_its_attempt_commits_nothing(run_distributed, tmp_path, ranks):
+    begin_attempt(tmp_path)
+    answers = run_distributed(outlived, ranks, str(tmp_path))
+    assert len(set(answers)) == 1 and "another attempt of run" in answers[0] and "Free space" not in answers[0]
+
+
+def test_an_attempt_has_one_writer_and_an_older_driver_s_worker_does_not_become_it(tmp_path: Path) -> None:
+    first = begin_attempt(tmp_path)
+    lost, found = take_over(tmp_path, first), take_over(tmp_path, first)  # workers that were started again
+    found()
+    with pytest.raises(RunError, match="another attempt"):
+        lost()
+    second = begin_attempt(tmp_path)
+    with pytest.raises(RunError, match="another attempt"):
+        take_over(tmp_path, first)
+    take_over(tmp_path, second)()
