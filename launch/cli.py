@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.bridge_cli import add_bridge_commands
+from launch.ckpt_cli import add_ckpt_commands
 from launch.data_cli import add_data_commands
 from launch.doctor_cli import add_doctor_command
 from launch.embed_cli import add_embed_command
@@ -34,6 +38,7 @@ _EXIT_CODES = "exit codes: 0 done, 1 failed run, 2 config or data, 3 findings, 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    _place_for_matplotlib()
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -45,6 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         return Interrupted.exit_code
     return 0
+
+
+def _place_for_matplotlib() -> None:
+    """It says two lines, in each process, where it cannot keep its settings at home: a folder for this command then."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    if "MPLCONFIGDIR" not in os.environ:
+        try:
+            (home / "matplotlib").mkdir(parents=True, exist_ok=True)
+        except OSError:
+            folder = tempfile.mkdtemp(prefix="lce-matplotlib-")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            os.environ["MPLCONFIGDIR"] = folder
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     add_methods_command(commands)
     add_run_commands(commands)
     add_kubernetes_commands(commands)
+    add_ckpt_commands(commands)
 
     add_data_commands(commands)
     add_doctor_command(commands)

@@ -35,6 +35,7 @@ from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
 from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
+from lce_dist.errors import RunError
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.matrix import build_matrix, cells_of
 from lce_dist.evaluation.upgrade import examine
@@ -44,6 +45,8 @@ from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import FrozenModel
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
+from lce_dist.storage import together
+from lce_dist.training.fence import take_over
 from lce_dist.training.loop import POINTS_FILE, Report, Stage, Trained, train_stage
 from lce_dist.training.plan import plan_stage
 from lce_dist.training.step import Compatibility
@@ -78,6 +81,8 @@ class Job:
     with_independent: bool
     mlflow_run_ids: dict[str, str | None]
     told_steps: dict[str, int]  # up to which step the driver has heard each stage's metrics
+    code: str = ""  # version and commit
+    attempt: str | None = None  # the driver's id in the run's directory; None: nobody else can be writing there
 
 
 def run_job(job: Job, world: World, report: Report) -> None:
@@ -104,7 +109,12 @@ def run_job(job: Job, world: World, report: Report) -> None:
     compat = None
     if not config.compat.maps_only:
         compat = _compatibility(job, old, train_view, world, report)
-    new = _network(job, "new", config.new, train_view, compat, world, report)
+    before = _weights_of(old)
+
+    def same_old() -> None:
+        refuse_changed(old, before)
+
+    new = _network(job, "new", config.new, train_view, compat, world, report, same_old)
     nets: dict[str, tuple[OldModel, int]]
     nets = {"old": (old, config.old.embedding_dim), "new": (new, config.new.embedding_dim)}
     bridge = None
@@ -267,9 +277,19 @@ def _seed_of(config: Config, name: str) -> int:
 
 
 def _network(
-    job: Job, name: str, section: NetConfig, view: View, compat: Compatibility | None, world: World, report: Report
+    job: Job,
+    name: str,
+    section: NetConfig,
+    view: View,
+    compat: Compatibility | None,
+    world: World,
+    report: Report,
+    at_end: Callable[[], None] = lambda: None,
 ) -> nn.Module:
-    """The trained network of one stage: loaded when finished before (or given), trained to its end otherwise."""
+    """The trained network of one stage: loaded when finished before (or given), trained to its end otherwise.
+
+    at_end: called by every rank before the trained weights are published; its error leaves them unpublished on all.
+    """
     config = job.config
     directory, told_step = job.run_dir / name, job.told_steps.get(name, 0)
     seed = _seed_of(config, name)
@@ -290,6 +310,7 @@ def _network(
     else:
         plan = plan_stage(config, len(view.sample_ids), len(view.identities), section.epochs, world.size)
         order = training_order(config, view, seed)
+        may_commit = _may_commit(job, world)
         stage = Stage(
             name,
             plan.num_classes,
@@ -303,6 +324,8 @@ def _network(
             job.base_dir / config.head.start_from if name == "new" and config.head.start_from is not None else None,
             job.run_dir,
             told_step,
+            may_commit,
+            job.code,
         )
 
         @contextmanager
@@ -324,6 +347,8 @@ def _network(
         trained = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
         card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
         card |= {"image_size": str(config.data.image_size), "fingerprint": job.fingerprint}
+        together(at_end, world, RunError)
+        together(may_commit, world, RunError)
         _save_classifier(directory / "classifier", trained, compat, config, card, world)
         if world.is_first:
             save_weights(net, weights, card)
@@ -338,6 +363,15 @@ def _network(
             load_weights(beside, directory / "method.safetensors")
         report({"type": "stage_done", "stage": name})
     return net.to(world.device).eval().requires_grad_(False)
+
+
+def _may_commit(job: Job, world: World) -> Callable[[], None]:
+    """On the rank that commits, a check that no other attempt has begun; the others write parts alone."""
+    attempt = job.attempt
+    check = together(
+        lambda: take_over(job.run_dir, attempt) if attempt is not None and world.is_first else None, world, RunError
+    )
+    return check or (lambda: None)
 
 
 def _bad_images(job: Job, stage: str, view: View, as_holes: bool) -> BadImages | None:
@@ -426,6 +460,20 @@ def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report
     return space
 
 
+def _weights_of(old: OldModel) -> str | None:
+    """Hash of the weights as they are now; stored vectors have none."""
+    return None if isinstance(old, StoredOld) else fingerprint(old)
+
+
+def refuse_changed(old: OldModel, before: str | None) -> None:
+    """Errors: RunError when the frozen old model's weights are not those that hashed to ``before``."""
+    if (now := _weights_of(old)) != before:
+        raise RunError(
+            f"the old model's weights changed while the new model was trained: their hash was {before} and is {now}. It must be "
+            "frozen, so the new model fits no gallery and is not published; a method or a network that trains it is at fault"
+        )
+
+
 def _fingerprint_of(old: OldModel) -> str:
     return old.fingerprint if isinstance(old, FrozenModel | StoredOld) else fingerprint(old)
 
@@ -483,6 +531,8 @@ def worker_arguments(job: Job) -> dict[str, Any]:
         "with_independent": job.with_independent,
         "mlflow_run_ids": job.mlflow_run_ids,
         "told_steps": job.told_steps,
+        "code": job.code,
+        "attempt": job.attempt,
     }
 
 
@@ -499,4 +549,6 @@ def job_from_arguments(values: dict[str, Any]) -> Job:
         values["with_independent"],
         values["mlflow_run_ids"],
         values["told_steps"],
+        values["code"],
+        values["attempt"],
     )

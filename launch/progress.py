@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lce_dist.errors import LceError
 
 _NAMES = {
     "old": "old model",
@@ -36,6 +41,8 @@ class RunProgress:
         self._tasks: dict[str, TaskID] = {}
         self._printed_s: dict[str, float] = {}
         self._ranks = 0  # none before the first attempt
+        self._log: TextIO | None = None
+        self._early: list[str] = []  # said before there was a file
 
     def __enter__(self) -> RunProgress:
         if self._live:
@@ -47,9 +54,29 @@ class RunProgress:
     ) -> None:
         if self._live:
             self._progress.stop()
+        if isinstance(error, LceError):
+            self._keep(f"{type(error).__name__}: {error}")
+        elif error is not None:
+            self._keep(f"{type(error).__name__}: {error}; its traceback went to the terminal")
+        if self._log is not None:
+            self._log.close()
+
+    def keep_in(self, path: Path) -> None:
+        """Write what is told also to the end of a file, with the time."""
+        self._log = path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+        self._log.writelines(self._early)
+
+    def _keep(self, text: str) -> None:
+        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n"
+        if self._log is None:
+            self._early.append(line)
+        else:
+            with contextlib.suppress(OSError):  # a disk without room ends no run by its log
+                self._log.write(line)
 
     def note(self, text: str) -> None:
         """One line above the bars."""
+        self._keep(text)
         self._console.print(text, highlight=False, soft_wrap=True)
 
     def count(self, what: str, done: int, total: int, detail: str = "") -> None:
@@ -85,7 +112,7 @@ class RunProgress:
         elif kind == "rows_started":
             known, others = event["known_classes"], event["other_classes"]
             self.note(f"{name}: rows of {known:,} identities as given by head.start_from, {others:,} drawn")
-        elif kind == "note":
+        elif kind in ("note", "code_changed"):
             self.note(event["text"])
         elif kind == "stage_skipped":
             self.note(f"{name}: {event['why']}")
@@ -109,11 +136,11 @@ class RunProgress:
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(name, total=total, detail="")
             self._progress.update(self._tasks[name], completed=done, total=total, detail=detail)
-        elif detail or last:
+        if detail or last:
             now = time.monotonic()
             if last or now - self._printed_s.get(name, -_PLAIN_EVERY_S) >= _PLAIN_EVERY_S:
                 self._printed_s[name] = now
-                self.note(f"{name}: {done}/{total} {detail}".rstrip())
+                (self._keep if self._live else self.note)(f"{name}: {done}/{total} {detail}".rstrip())
 
 
 def _detail(event: dict[str, Any]) -> str:

@@ -7,11 +7,15 @@ checkpoint, so each attempt of Ray Train gets a name of its own and its snapshot
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import os
 import queue
+import secrets
 import shutil
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -20,8 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.failures import InARow
 from launch.job import Job, job_from_arguments, run_job, worker_arguments
 from launch.pulse import Place, Pulse, Stall, missing, whom_it_waits_for
+from launch.starts import Starts
 from lce_dist.errors import Interrupted, LceError, RunError, SetupError
 from lce_dist.training.requests import SAVE_FILE
 
@@ -34,7 +40,11 @@ _POLL_S = 0.2
 _DRAIN_POLL_S = 2.0
 _RESIZE_S = 30.0  # between two looks for nodes that have come, in an elastic run
 _BESIDE_CPUS = 4  # at most, for a look at a checkpoint
+_BESIDE_FAILURES = 3  # in a row, and no more looks
 _ELASTIC_START_S, _ELASTIC_TIMES = 20, 3
+_LOOPBACK = "127.0.0.1"
+# Ray's own switch for systems whose firewalls ask: nothing of it listens elsewhere, and an address of the loopback stays one
+_ON_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _PLACEMENT_ATTEMPTS = 5  # of a minute each; Ray would wait for ever, in silence
 
 
@@ -63,6 +73,7 @@ class Placement:
     workers_per_node: int
     use_gpu: bool
     min_nodes: int | None = None  # where a run may go on with fewer
+    on_loopback: bool = False  # all of it on this machine
 
     @property
     def num_ranks(self) -> int:
@@ -86,38 +97,101 @@ def local_gpus() -> int:
 
 @contextlib.contextmanager
 def local_nodes(placement: Placement) -> Iterator[None]:
-    """Start ``placement.nodes`` raylets on this machine and connect; they end with this process, however it ends."""
-    import ray
-    from ray.cluster_utils import Cluster
+    """Start ``placement.nodes`` raylets on this machine and connect; they end with this process, however it ends.
 
-    _quiet()
-    node = {
-        "num_cpus": placement.workers_per_node,
-        "num_gpus": placement.workers_per_node if placement.use_gpu else 0,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-    }
-    head = {**node, **_own_gpus(placement, 0), "include_dashboard": False}
+    All of it listens on the loopback alone and asks for a token that nobody else has: who reaches Ray can run code as this user.
+    Errors: Interrupted for a signal that comes meanwhile.
+    """
     with contextlib.ExitStack() as started:
-        with _own_signals():
-            cluster = Cluster(initialize_head=True, head_node_args=head)
+        started.enter_context(_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), **_ON_LOOPBACK))
+        import ray
+        from ray._private import ray_constants
+        from ray.cluster_utils import Cluster
+
+        ray_constants.ENABLE_RAY_CLUSTER = False  # what the environment says, where ray was imported before
+        _quiet()
+        node: dict[str, Any] = {
+            "num_cpus": placement.workers_per_node,
+            "num_gpus": placement.workers_per_node if placement.use_gpu else 0,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "node_ip_address": _LOOPBACK,
+        }
+        cluster = Cluster()
+        with _own_signals() as signals:
             started.callback(cluster.shutdown)
+            cluster.add_node(**node, **_own_gpus(placement, 0), include_dashboard=False)
             for number in range(1, placement.nodes):
-                cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
-            cluster.wait_for_nodes()
-            started.callback(ray.shutdown)
-            ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+                if not signals:
+                    cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
+            if not signals:
+                cluster.wait_for_nodes()
+            if not signals:
+                started.callback(ray.shutdown)
+                _connect(cluster.address)
         yield
 
 
+@functools.cache
+def _token() -> str:
+    """One a process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
 @contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray's nodes and ray.init take SIGTERM over; whoever asked to be told of signals gets them back."""
+def _environment(**values: str) -> Iterator[None]:
+    """``values`` in the environment, for all that is started in the block; a token's file of the user's own is left out."""
+    before = {name: os.environ.get(name) for name in (*values, "RAY_AUTH_TOKEN_PATH")}
+    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[list[int]]:
+    """Ray's nodes and ray.init take SIGTERM over: in the block they cannot, and signals are kept in the list that comes with it.
+
+    At its end whoever asked to be told of signals gets them back, with those that came.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    setter = signal.signal
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    # a signal in between is Ray's; it ends this process, and the nodes with it
-    if threading.current_thread() is threading.main_thread():
+    for number in handlers:
+        setter(number, lambda number, frame: came.append(number))
+    signal.signal = lambda number, handler: signal.getsignal(number)  # type: ignore[assignment]
+    try:
+        yield came
+    except Exception:
+        if not came:  # what went wrong then may be by the signal
+            raise
+    finally:
+        signal.signal = setter
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)
+    if came:
+        handler = handlers[signal.Signals(came[0])]
+        if callable(handler):
+            handler(came[0], None)
+        raise Interrupted(
+            f"stopped by {signal.Signals(came[0]).name}; the same command goes on from the last checkpoint"
+        )
+
+
+def _connect(address: str) -> None:
+    """In a block of ``_own_signals``: Ray's core sets handlers by itself, so signals wait until that block has ended."""
+    import ray
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _own_gpus(placement: Placement, node: int) -> dict[str, Any]:
@@ -138,7 +212,7 @@ def given_cluster(placement: Placement, address: str = "auto") -> Iterator[None]
     _quiet()
     try:
         with _own_signals():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            _connect(address)
     except ConnectionError as error:
         raise SetupError(f"Ray cluster {address} does not answer: {error}. Check RAY_ADDRESS") from None
     try:
@@ -169,7 +243,8 @@ def _nodes_with(resource: str, placement: Placement) -> int:
 def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     """Run the job's workers and yield their events until they end.
 
-    A worker or node that dies is restarted, all workers together, up to ``cluster.max_failures`` times.
+    A worker or node that dies is restarted, all workers together, up to ``cluster.max_failures`` times without a new checkpoint
+    between.
     Errors: our own errors from a worker as they are (never retried); RunError for anything else.
     """
     import ray
@@ -192,7 +267,7 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     trainer = TorchTrainer(
         _worker,
         train_loop_config=arguments,
-        torch_config=TorchConfig(
+        torch_config=(_loopback_config() if placement.on_loopback else TorchConfig)(
             backend="nccl" if placement.use_gpu else "gloo", timeout_s=job.config.faults.collective_timeout_s
         ),
         scaling_config=ScalingConfig(
@@ -208,10 +283,11 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
             name=f"attempt-{uuid.uuid4().hex[:12]}",
             storage_path=str(job.run_dir / "ray"),
             failure_config=FailureConfig(
-                max_failures=job.config.cluster.max_failures,
+                max_failures=-1,  # counted here, where progress is seen
                 controller_failure_limit=_PLACEMENT_ATTEMPTS * (_ELASTIC_TIMES if placement.is_elastic else 1),  # type: ignore[call-arg]
             ),
             worker_runtime_env={"env_vars": _worker_environment(placement)},
+            callbacks=[_failures_to(mailbox)],
         ),
     )
     outcome: queue.Queue[BaseException | None] = queue.Queue()
@@ -228,12 +304,19 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     fatal: LceError | None = None
+    failures, starts = InARow(job.config.cluster.max_failures), Starts(job.run_dir, 0.0)
     while True:
         ended = not thread.is_alive()
         for event in ray.get(mailbox.take.remote()):
             if event["type"] == "fatal":
                 fatal = _error_of(event)
+            elif event["type"] == "failure":
+                starts.see(event)
+                if failures.failed() and fatal is None:
+                    fatal = _given_up(job, event["text"], failures.count)
             else:
+                if event["type"] in ("checkpoint", "stage_done"):
+                    failures.progressed()
                 watch.see(event)
                 yield event
                 yield from beside.tell(event)
@@ -248,17 +331,38 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     error = outcome.get()
     if error is not None:
         log = job.run_dir / "failure.log"
-        log.write_text(str(error))
+        log.write_text(str(error), encoding="utf-8")
         if watch.drained:
             raise Interrupted(
                 f"nodes of this run were drained and no others came in {_PLACEMENT_ATTEMPTS} min; the same command goes on from "
                 "the last checkpoint when there are nodes again"
             )
         raise RunError(
-            f"the workers could not be placed, or failed more than cluster.max_failures "
-            f"({job.config.cluster.max_failures}) times: {_last_line(error)}. All of it is in {log}; "
-            "the same command goes on from the last checkpoint"
+            f"the workers could not be placed: {_last_line(error)}. All of it is in {log}; the same command goes on from the "
+            "last checkpoint"
         )
+
+
+def _given_up(job: Job, text: str, count: int) -> RunError:
+    log = job.run_dir / "failure.log"
+    log.write_text(text, encoding="utf-8")
+    return RunError(
+        f"the workers failed {count} times without a new checkpoint between (cluster.max_failures is "
+        f"{job.config.cluster.max_failures}): {_last_line(text)}. All of it is in {log}; the same command goes on from the last "
+        "checkpoint"
+    )
+
+
+def _failures_to(mailbox: Any) -> Any:
+    """Tells the driver what ended a group of workers."""
+    from ray.train import UserCallback
+
+    class Failures(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            text = "\n".join(f"rank {rank}: {error}" for rank, error in sorted(worker_exceptions.items()))
+            mailbox.put.remote({"type": "failure", "text": text})
+
+    return Failures()
 
 
 class _Beside:
@@ -270,6 +374,8 @@ class _Beside:
         self._running: Any = None
         self._due: int | None = None
         self._seen = 0
+        self._failures = InARow(_BESIDE_FAILURES - 1)
+        self._told_busy = False
 
     def tell(self, event: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Take note of a checkpoint; start a look at it when none is under way."""
@@ -290,9 +396,14 @@ class _Beside:
         try:
             found = ray.get(running)
         except ray.exceptions.RayError as error:
-            self._mode = "off"  # whatever it is, it would come again
-            yield {"type": "warning", "text": f"no more evaluation beside the training: {_last_line(error)}"}
+            if self._failures.failed():
+                self._mode = "off"
+                what = f"no more evaluation beside the training, after {self._failures.count} failures in a row"
+            else:
+                what = "a checkpoint was not evaluated beside the training; the next one will be"
+            yield {"type": "warning", "text": f"{what}: {_last_line(error)}"}
             return
+        self._failures.progressed()
         if found is not None:
             yield {"type": "beside", "stage": "new", **found}
         yield from self._start()
@@ -311,13 +422,14 @@ class _Beside:
             return
         free = int(ray.available_resources().get("CPU", 0))
         if self._mode == "auto" and free < 1:
-            self._mode = "off"
-            yield {
-                "type": "note",
-                "stage": "new",
-                "text": "checkpoints are not evaluated beside the training: no processor is free "
-                '(checkpoint.evaluate = "always" shares one)',
-            }
+            if not self._told_busy:  # it may be otherwise at the next checkpoint
+                self._told_busy = True
+                yield {
+                    "type": "note",
+                    "stage": "new",
+                    "text": "checkpoints are not evaluated beside the training: no processor is free "
+                    '(checkpoint.evaluate = "always" shares one)',
+                }
             return
         step, self._due = self._due, None
         num_cpus = min(free, _BESIDE_CPUS) if self._mode == "auto" else 0
@@ -477,6 +589,7 @@ class _Mailbox:
 
 def _worker(arguments: dict[str, Any]) -> None:
     """Runs in each worker process: makes the World, runs the job, sends what the first rank reports."""
+    import psutil
     import ray
     import ray.train
     import torch
@@ -489,11 +602,13 @@ def _worker(arguments: dict[str, Any]) -> None:
     world = World(context.get_world_rank(), size, -(-size // arguments["workers_per_node"]), device)
     mailbox = arguments["mailbox"]
 
+    starts = Starts(Path(arguments["run_dir"]), psutil.Process().create_time())
     gauges = _Gauges(job_from_arguments(arguments).config.run.name, world.rank)
 
     def report(event: dict[str, Any]) -> None:
         gauges.set(event)
         if world.is_first:
+            starts.see(event)
             mailbox.put.remote({key: value for key, value in event.items() if key != "own"})
 
     report({"type": "workers_up", "num_ranks": world.size})
@@ -544,6 +659,38 @@ class _Gauges:
             self._gauges[name].set(value, tags={**self._tags, "stage": event["stage"]})
 
 
+def _loopback_config() -> Any:
+    """TorchConfig, with the store at which ranks meet on the loopback alone; torch's own listens everywhere."""
+    from ray.train.torch import TorchConfig
+
+    backend: Any = TorchConfig().backend_cls
+
+    class OnLoopback(backend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_store_on_loopback)
+            super().on_start(worker_group, backend_config)
+
+    class LoopbackConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return OnLoopback
+
+    return LoopbackConfig
+
+
+def _store_on_loopback() -> None:
+    """In a worker: the store's server gets a socket that listens on the address it is given."""
+    rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")  # a function hides it by that name
+    store = rendezvous.TCPStore
+
+    def bound(host_name: str, port: int, is_master: bool, **more: Any) -> Any:
+        if is_master:
+            more["master_listen_fd"] = socket.create_server((host_name, port), backlog=128).detach()
+        return store(host_name=host_name, port=port, is_master=is_master, **more)
+
+    rendezvous.TCPStore = bound
+
+
 def _error_of(event: dict[str, Any]) -> LceError:
     import lce_dist.errors
 
@@ -557,6 +704,8 @@ def _worker_environment(placement: Placement) -> dict[str, str]:
         "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         "PYTHONWARNINGS": "ignore",
     }
+    if placement.on_loopback:
+        values |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     if not placement.use_gpu:
         values |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return values
@@ -580,6 +729,6 @@ def _log_to(path: Path) -> None:
     global_worker_stdstream_dispatcher.add_handler("lce", keep)
 
 
-def _last_line(error: BaseException) -> str:
+def _last_line(error: BaseException | str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -11,6 +11,7 @@ from launch.parts import Part
 from launch.prepare import Prepared, fingerprint_of
 from launch.report import open_report
 from launch.sheet import sheet_of
+from launch.version import code_version
 from lce_dist.config import Config, Judged
 from lce_dist.evaluation.figures import training_curves
 from lce_dist.evaluation.matrix import PAIRS
@@ -18,6 +19,7 @@ from lce_dist.tracking import Tracker
 
 CANDIDATE = "candidate"  # the alias of the model registered last; ``lce gate`` moves the one that is shipped
 _CLOSE_S = 60.0
+_UNKNOWN = "?"
 
 
 class RunTracking:
@@ -29,6 +31,8 @@ class RunTracking:
         # of an earlier driver: a stage that was never ended here may have been finished by workers that outlived it
         heard = tracker.heard()
         self.told_steps = {key: one.last_step for key, one in heard.items() if key != "parent"}
+        # a driver before this one may have left a warning on the run
+        self._warning: str | None = _UNKNOWN if heard else None
         self._open_stages = {key for key, one in heard.items() if key != "parent" and not one.has_ended}
 
     def open(self, config: Config, prepared: Prepared, num_nodes: int, num_ranks: int) -> None:
@@ -37,7 +41,7 @@ class RunTracking:
         tracker.start_run(
             "parent", config.run.name, tags={"lce.fingerprint": fingerprint_of(prepared.identity(config))}
         )
-        tracker.set_tags("parent", {"lce.num_nodes": num_nodes, "lce.num_ranks": num_ranks})
+        tracker.set_tags("parent", {"lce.num_nodes": num_nodes, "lce.num_ranks": num_ranks, "lce.code": code_version()})
         tracker.log_params("parent", _flat(config.training_values() | config.evaluation_values()))
         tracker.log_params(
             "parent",
@@ -92,8 +96,11 @@ class RunTracking:
                 self.tracker.log_file(stage, Path(file), "profiles")
         elif kind == "beside":
             self.tracker.log_metrics(stage, event["metrics"], event["step"])
-            if event["warning"] is not None:
-                self.tracker.set_tags("parent", {"lce.warning": event["warning"]})
+            if event["warning"] != self._warning:
+                self._warning = event["warning"]
+                self.tracker.set_tags("parent", {"lce.warning": self._warning or ""})
+        elif kind == "code_changed":
+            self.tracker.set_tags("parent", {"lce.code_changed": event["text"]})
         elif kind in ("stage_done", "stage_skipped") and stage in self._open_stages:
             model, bridge = self._run_dir / stage / "model.safetensors", self._run_dir / "bridge"
             if model.exists():

@@ -19,6 +19,7 @@ from lce_dist.spool import holder
 from lce_dist.training.requests import MOST_PROFILED, PROFILE_FILE
 
 LAUNCH_FILE = "launch.json"
+LOG_FILE = "log.txt"  # what the driver told, with the time
 _TAIL_BYTES = 1 << 18
 _POLL_S = 0.2
 _TRACES = "*/profiles/step-*.json.gz"

@@ -34,7 +34,7 @@ def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
     status.set_defaults(run=_status)
     logs = commands.add_parser(
         "logs",
-        help="what a run printed (here: what it says of itself)",
+        help="what a run printed",
         epilog="examples:\n  lce logs quickstart --follow\n  lce logs quickstart --target k8s",
         formatter_class=raw,
     )
@@ -144,21 +144,26 @@ def _logs(arguments: argparse.Namespace) -> None:
 
 
 def _local_logs(arguments: argparse.Namespace) -> None:
-    from launch.runs import find_run, status_of
+    """What the driver told, then what the run is at."""
+    from launch.runs import LOG_FILE, find_run, status_of
 
     run_dir = find_run(Path(arguments.which), arguments.run_dir)
-    said = ""
+    log, shown = run_dir / LOG_FILE, 0
     while True:
-        status = status_of(run_dir)
-        if status.line() != said:
-            said = status.line()
-            print(said, flush=True)
+        status = status_of(run_dir)  # before the log: what was said up to the end is shown
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(shown)
+                new = file.read()
+            shown += len(new)
+            print(new.decode(errors="replace"), end="", flush=True)
         if status.state != "running" or not arguments.follow:
             break
         time.sleep(_FOLLOW_S)
+    print(status.line(), flush=True)
     failure = run_dir / "failure.log"
     if failure.exists():
-        print(failure.read_text(), end="")
+        print(failure.read_text(encoding="utf-8"), end="")
 
 
 def _stop(arguments: argparse.Namespace) -> None:

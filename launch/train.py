@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from launch.progress import RunProgress
 from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
 from launch.report import VERSION, open_report, pairs_table, read_report, result_table
 from launch.run_tracking import RunTracking, draw_curves
-from launch.runs import write_launch
+from launch.runs import LOG_FILE, write_launch
+from launch.version import code_version
 from lce_dist.config import Config
 from lce_dist.errors import ConfigError, Interrupted, LceError, SetupError
 from lce_dist.spool import Spool
 from lce_dist.tracking import Tracker
+from lce_dist.training.fence import begin_attempt
 from lce_dist.training.requests import PROFILE_FILE, SAVE_FILE, STOP_FILE
 
 _TOLD = "tracked"  # left in the run directory when MLflow has everything
@@ -75,6 +77,7 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
     """
     started_s = time.monotonic()
     root = Path(config.run.dir).resolve()
+    config.with_absolute_places()  # refuses places that nothing here could name
     check_writable(root)
     config, run_dir = _settle_run(config, options, root, console)
     num_ranks = options.nodes * options.workers_per_node
@@ -89,6 +92,7 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
         if options.fresh:
             _forget(run_dir)
         going_on = claim_run_dir(prepared.identity(config), run_dir)
+        progress.keep_in(run_dir / LOG_FILE)
         finished = _is_finished(run_dir / "report.json", options, fingerprint_of(prepared.examination(config)))
         if finished:
             progress.note(f"run {run_dir} finished before; to train it again use --fresh, or another --name")
@@ -140,6 +144,8 @@ def _run(
                     options.with_independent,
                     tracking.tracker.run_ids(),
                     tracking.told_steps,
+                    code_version(),
+                    begin_attempt(run_dir),
                 )
                 for name in (SAVE_FILE, PROFILE_FILE):  # asked of an earlier driver
                     (run_dir / name).unlink(missing_ok=True)
@@ -221,7 +227,7 @@ def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> It
     gpus = local_gpus() if wanted != "cpu" else 0
     if wanted == "gpu" and gpus < ranks:
         raise SetupError(f"cluster.device is 'gpu'; this machine has {gpus} GPUs and {ranks} workers need one each")
-    placement = options.placement(use_gpu=gpus >= ranks)
+    placement = replace(options.placement(use_gpu=gpus >= ranks), on_loopback=True)
     progress.note(f"starting {options.nodes} Ray nodes, {options.workers_per_node} worker(s) each, on this machine")
     with local_nodes(placement):
         yield placement

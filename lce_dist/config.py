@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import sys
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -471,7 +472,10 @@ class FaultsConfig(_Section):
 
 
 class ClusterConfig(_Section):
-    """Machines. cache_dir, cache_gib: where each node keeps shards that come from a URL, and how much of them."""
+    """Machines. cache_dir, cache_gib: where each node keeps shards that come from a URL, and how much of them.
+
+    max_failures: how often workers are started again without a new checkpoint between; a run of weeks may lose more than that.
+    """
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
     max_failures: Annotated[int, Field(ge=0)] = 3
@@ -616,7 +620,18 @@ Judged = Config | VectorsConfig  # what a gate needs to know of whatever left a 
 
 
 def _absolute(place: str) -> str:
-    return place if "://" in place else str(Path(place).resolve())
+    if "://" in place:
+        return place
+    absolute = str(Path(place).resolve())
+    if any("\ud800" <= letter <= "\udfff" for letter in absolute):
+        shown = (
+            absolute.encode("utf-8", "surrogateescape").decode("utf-8", "replace").encode("ascii", "backslashreplace")
+        )
+        raise ConfigError(
+            f"{shown.decode()} has letters that this process cannot name: file names are {sys.getfilesystemencoding()} here. "
+            "Set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        )
+    return absolute
 
 
 # settings that name a file or a folder that is read

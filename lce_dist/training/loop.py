@@ -46,6 +46,7 @@ class Stage:
     identities: the keys of this rank's classes, in their order. start_from: a classifier that gives rows to
     the identities that it knows. requests_in: where files ask to save, to end with Interrupted, to record a profile.
     told_step: up to which step the driver has heard this stage's metrics; what was measured since is told again.
+    may_commit: asked immediately before a checkpoint is committed; its error prevents it. code: goes into checkpoints.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Stage:
     start_from: Path | None
     requests_in: Path | None = None
     told_step: int = 0
+    may_commit: Callable[[], None] = lambda: None
+    code: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def train_stage(
     )
     method = compat.method.to(world.device) if compat is not None else None
     engine = Engine(net, optim, world, method)
-    checkpoints = Checkpoints(stage.directory / "checkpoints", config.checkpoint.keep, engine, head, identity_SL, world)
+    directory, keep = stage.directory / "checkpoints", config.checkpoint.keep
+    checkpoints = Checkpoints(directory, keep, engine, head, identity_SL, world, stage.may_commit)
 
     def warn(text: str) -> None:
         report({"type": "warning", "text": text})
@@ -130,6 +134,9 @@ def train_stage(
             "num_classes": stage.num_classes,
         }
     )
+    if state is not None and state.get("code", stage.code) != stage.code:
+        text = f"{stage.name} model, step {first_step}: the checkpoint is of code {state['code']}, this is {stage.code}"
+        report({"type": "code_changed", "stage": stage.name, "text": text})
     ids_log = points_log = None
     if world.is_first:
         again = points_after(stage.directory / POINTS_FILE, stage.told_step)
@@ -211,6 +218,7 @@ def train_stage(
                         "random": {"seed": stage.seed, "next_step": done},
                         "samples_read": {"next_step": done},
                         "num_ranks": world.size,
+                        "code": stage.code,
                         "steps_lost": lost.count,
                         "mlflow_run_id": stage.mlflow_run_id,
                     },

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.faults import Kill, damaged_files, full_disk, killed_writers, points_wrong, save, whole_steps
+from benchmarks.faults import (
+    KINDS,
+    Drill,
+    damaged_files,
+    full_disk,
+    killed_writers,
+    marks_of,
+    moments,
+    points_wrong,
+    save,
+    whole_steps,
+)
 from benchmarks.faults_cost import measure_cost
 from lce_dist.errors import CheckpointError
 
@@ -17,7 +30,7 @@ def test_a_writer_killed_before_any_operation_loses_nothing(tmp_path: Path) -> N
 
 
 def test_every_damage_is_told(tmp_path: Path) -> None:
-    assert damaged_files(tmp_path) == 4 + 5  # of the rows' file and of the manifest
+    assert damaged_files(tmp_path) == 4 + 7  # of the rows' file and of the manifest
 
 
 def test_no_room_is_told_and_the_one_before_stays(tmp_path: Path) -> None:
@@ -36,8 +49,32 @@ def test_the_drills_can_find_something(tmp_path: Path) -> None:
     (next((tmp_path / "step-00000002").glob("*.safetensors"))).unlink()
     with pytest.raises((AssertionError, CheckpointError)):
         whole_steps(tmp_path)
-    kill = Kill("worker", 1.0, "new", 3, 5.0, True, True, True, 2, 1)
-    assert points_wrong([kill, kill]) == 6
+
+
+def test_marks_fail_by_one_drill_that_went_wrong() -> None:
+    good = Drill("worker killed", "new", 7, 3, 5.0, {}, True, [], True, 0, 0)
+    assert all(mark.met for mark in marks_of([good, good]))
+    wrong: list[dict[str, Any]] = [
+        {"same_weights": False},
+        {"other_in_report": ["flips"]},
+        {"same_batches": False},
+        {"missing_points": 2},
+        {"double_points": 1},
+        {"repeated_steps": 21},
+        {"recovery_s": None},
+        {"recovery_s": 61.0},
+    ]
+    for harm in wrong:
+        assert [mark.met for mark in marks_of([good, replace(good, **harm)])].count(False) == 1, harm
+    assert points_wrong([replace(good, missing_points=2, double_points=1)] * 2) == 6
+
+
+def test_moments_are_inside_of_training() -> None:
+    counts = dict.fromkeys(KINDS, 50)
+    found = moments(KINDS, counts, {"old": 60, "new": 320})
+    assert len(found) == 50 * len(KINDS) and found == moments(KINDS, counts, {"old": 60, "new": 320})
+    assert {stage for _, stage, _ in found} == {"old", "new"}
+    assert all(0 < step < {"old": 60, "new": 320}[stage] for _, stage, step in found)
 
 
 def test_the_cost_is_of_a_checkpoint_that_was_written(tmp_path: Path) -> None:
