@@ -36,6 +36,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 
 _OBJECT_STORE_BYTES = 80 << 20  # nothing large travels through Ray
+_NODES_UP_S = 120.0
 _POLL_S = 0.2
 _DRAIN_POLL_S = 2.0
 _RESIZE_S = 30.0  # between two looks for nodes that have come, in an elastic run
@@ -100,7 +101,7 @@ def local_nodes(placement: Placement) -> Iterator[None]:
     """Start ``placement.nodes`` raylets on this machine and connect; they end with this process, however it ends.
 
     All of it listens on the loopback alone and asks for a token that nobody else has: who reaches Ray can run code as this user.
-    Errors: Interrupted for a signal that comes meanwhile.
+    Errors: SetupError when they do not come up in time; Interrupted for a signal that comes meanwhile.
     """
     with contextlib.ExitStack() as started:
         started.enter_context(_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=_token(), **_ON_LOOPBACK))
@@ -119,12 +120,18 @@ def local_nodes(placement: Placement) -> Iterator[None]:
         cluster = Cluster()
         with _own_signals() as signals:
             started.callback(cluster.shutdown)
-            cluster.add_node(**node, **_own_gpus(placement, 0), include_dashboard=False)
-            for number in range(1, placement.nodes):
+            try:
+                cluster.add_node(**node, **_own_gpus(placement, 0), include_dashboard=False)
+                for number in range(1, placement.nodes):
+                    if not signals:
+                        cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
                 if not signals:
-                    cluster.add_node(wait=False, **node, **_own_gpus(placement, number))
-            if not signals:
-                cluster.wait_for_nodes()
+                    cluster.wait_for_nodes(_NODES_UP_S)
+            except Exception as error:  # Ray has no kind of its own for a node that comes too late
+                raise SetupError(
+                    f"{placement.nodes} Ray nodes did not start on this machine: {_last_line(error)} Its load is "
+                    f"{os.getloadavg()[0]:.0f} on {os.cpu_count()} processors: try again when it is less, or with fewer --nodes"
+                ) from error
             if not signals:
                 started.callback(ray.shutdown)
                 _connect(cluster.address)

@@ -35,11 +35,13 @@ def settings(policy: str, **others: object) -> dict[str, object]:
     }
 
 
-def train(world: World, folder: str, values: dict[str, object], breaks_at: tuple[int, ...], end: int = STEPS):
+def train(
+    world: World, folder: str, values: dict[str, object], breaks_at: tuple[int, ...], end: int = STEPS, code: str = ""
+):
     """Weights, rows, buffers, events or the error's words; a NaN comes in through one image of the last rank."""
     config = Config.model_validate(values)
     keys = tuple(f"id{number}" for number in range(CLASSES))[slice(*local_classes(CLASSES, world))]
-    stage = Stage("new", CLASSES, DIM, STEPS, 7, Path(folder), "print", None, keys, None)
+    stage = Stage("new", CLASSES, DIM, STEPS, 7, Path(folder), "print", None, keys, None, code=code)
     torch.manual_seed(3)
     net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12, affine=False), nn.Linear(12, DIM))
     rows = tuple((r + 1) * ROWS // world.size - r * ROWS // world.size for r in range(world.size))
@@ -140,6 +142,16 @@ def test_rolled_back_and_killed_is_rolled_back(run_distributed, tmp_path, size):
     for (state, _), (truth, _) in zip(again, whole, strict=True):
         assert state.keys() == truth.keys()
         assert all(torch.equal(state[name], truth[name]) for name in truth)
+
+
+def test_going_on_with_other_code_is_told_and_not_refused(run_distributed, tmp_path):
+    values = settings("stop")
+    for code, end in (("1+a", 7), ("1+a", 8), ("1+b", STEPS)):
+        ((state, events),) = run_distributed(train, 1, str(tmp_path), values, (), end, code)
+        told = [event["text"] for event in events if event["type"] == "code_changed"]
+        wrong = ["new model, step 5: the checkpoint is of code 1+a, this is 1+b"]
+        assert told == (wrong if code == "1+b" else [])
+    assert not isinstance(state, str)
 
 
 @pytest.mark.parametrize("size", [1, 3])
