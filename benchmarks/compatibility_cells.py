@@ -60,6 +60,12 @@ def start(folders: dict[str, tuple[Source, Path]], models: Path) -> Perform:
     return perform
 
 
+def _net_of(config: Config) -> NetConfig:
+    section = config.new.trained
+    assert section is not None, "every cell trains its network"
+    return section
+
+
 class Desk:
     """Performs tasks over pictures in memory; what models left behind lies in ``models``/KEY."""
 
@@ -71,7 +77,7 @@ class Desk:
         """Train an old or independent model; leave its weights and its vectors of all pictures."""
         pictures = self.pictures[job.source]
         part = part_of(pictures, job.side.share, job.seed)
-        section = job.config.new
+        section = _net_of(job.config)
         net, speed = _train(job.config, section, pictures, part, job.steps, _seed(job.seed, job.role), None)
         vectors = embed(net, pictures, np.arange(len(pictures.identity_N)))
         folder = self.models / key
@@ -104,7 +110,7 @@ class Desk:
         config, side = job.config, job.scenario.new
         part = part_of(pictures, side.share, job.seed)
         compat = self._compatibility(job, part, old_ND)
-        net, speed = _train(config, config.new, pictures, part, job.steps, _seed(job.seed, "new"), compat)
+        net, speed = _train(config, _net_of(config), pictures, part, job.steps, _seed(job.seed, "new"), compat)
         about: dict[str, Any] = {"images_per_s": speed}
         new = _tested("new", pictures, embed(net, pictures, pictures.tested))
         if config.compat.manner == "direct":

@@ -29,6 +29,8 @@ from lce_dist.errors import CheckpointError
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.metrics import compare, far_key
 from lce_dist.models.catalog import build_net
+from lce_dist.models.old_model import freeze_net
+from lce_dist.models.preprocess import OUR_INPUT
 from lce_dist.models.weights import load_weights, save_weights
 from lce_dist.training.checkpoint import load_network
 from lce_dist.world import World
@@ -70,6 +72,7 @@ def look(job: Job, step: int) -> Look | None:
     """
     config, alone = job.config, World()
     directory = job.run_dir / "new"
+    assert config.new.net is not None, "it is trained"
     net = build_net(config.new.net, config.new.embedding_dim, config.data.image_size, seed=0)
     try:
         load_network(directory / "checkpoints" / f"step-{step:08d}", net)
@@ -139,7 +142,7 @@ def _some(view: View, seed: int, most_images: int) -> View:
     return some_identities(view, seed, most_images)
 
 
-def _set(job: Job, name: str, net: OldModel, dim: int, view: View, world: World) -> EmbeddingSet:
+def _set(job: Job, name: str, net: nn.Module | StoredOld, dim: int, view: View, world: World) -> EmbeddingSet:
     vectors, labels, ids = gather_all(embedded(job, net, dim, view, world)(), world)
     return EmbeddingSet(name, vectors.numpy(), labels.numpy(), ids.numpy())
 
@@ -180,7 +183,7 @@ def _old_model(job: Job, dataset: PackedDataset) -> OldModel:
     assert config.old.net is not None, "the config was checked"
     net: nn.Module = build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
     load_weights(net, job.run_dir / "old" / "model.safetensors")
-    return net.eval().requires_grad_(False)
+    return freeze_net(net, config.old.net, config.old.embedding_dim, OUR_INPUT)
 
 
 def _through(source: EmbeddingSet, target: EmbeddingSet, one: EmbeddingSet) -> EmbeddingSet:

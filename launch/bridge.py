@@ -12,7 +12,7 @@ from torch import nn
 from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.artefact import CARD, Direction, card_of, read_bridge, save_bridge, spaces_of
 from lce_dist.compat.bridges import Bridge
-from lce_dist.compat.fit import Pairs, fit_bridge
+from lce_dist.compat.fit import Pairs, Terms, fit_bridge
 from lce_dist.config import CompatConfig
 from lce_dist.embedding import EmbeddedRows, gather_all
 from lce_dist.errors import RunError
@@ -69,6 +69,7 @@ def bridge_stage(
                 seed,
                 {"jointly trained": copy.deepcopy(given).cpu()} if isinstance(given, Bridge) else {},
                 lambda text: report({"type": "note", "stage": "bridge", "text": text}),
+                Terms(align=config.align_weight, boundary=config.boundary_weight, hinge=config.boundary),
             )
             about = {"fingerprint": fingerprint, **spaces_of(direction, *spaces)}
             save_bridge(directory, fitted.chosen.bridge, card_of(fitted, direction, _FAR, about))

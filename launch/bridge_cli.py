@@ -98,16 +98,20 @@ def _show(arguments: argparse.Namespace) -> None:
         print(f"  {row['name']}: {numbers}{chosen}")
 
 
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"--out {out} exists and is not overwritten; choose another name, or remove it")
+
+
 def _apply(arguments: argparse.Namespace) -> None:
     import torch
     from rich.console import Console
 
     from launch.progress import RunProgress
     from launch.vector_files import Block, open_vectors, write_vectors
-    from lce_dist.blocks import refuse_existing
     from lce_dist.compat.artefact import map_rows, read_bridge, read_card
 
-    refuse_existing(arguments.out)
+    _refuse_existing(arguments.out)
     card, bridge = read_card(arguments.bridge), read_bridge(arguments.bridge)
     file = open_vectors(arguments.vectors)
     if file.dim != bridge.dim_in:
@@ -141,12 +145,11 @@ def _fit(arguments: argparse.Namespace) -> None:
 
     from launch.progress import RunProgress
     from launch.vector_files import open_vectors
-    from lce_dist.blocks import refuse_existing
     from lce_dist.compat.artefact import card_of, save_bridge, spaces_of
     from lce_dist.compat.fit import fit_bridge
     from lce_dist.evaluation.by_identity import tar_by_identity
 
-    refuse_existing(arguments.out)
+    _refuse_existing(arguments.out)
     for flag, value in (("--heldout", arguments.heldout), ("--far", arguments.far)):
         if not 0.0 < value < 1.0:
             raise ConfigError(f"{flag} is {value}; must be above 0 and below 1")

@@ -9,17 +9,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
-from launch.prepare import open_old_model
+from launch.prepare import input_of, open_new_model, open_old_model
 from launch.runs import LAUNCH_FILE, read_launch
-from lce_dist.compat.artefact import read_bridge
 from lce_dist.config import Config, parse_config
 from lce_dist.errors import CheckpointError, ConfigError
 from lce_dist.models.catalog import build_net
-from lce_dist.models.old_model import FrozenModel, ModelFile, open_model
+from lce_dist.models.old_model import FrozenModel, ModelFile, freeze_net, open_model
 from lce_dist.models.preprocess import OUR_INPUT, InputSpec
-from lce_dist.models.weights import fingerprint, load_weights
+from lce_dist.models.weights import load_weights
 
 STAGES = ("old", "new", "independent")
 DEFAULT_IMAGE_SIZE = 112
@@ -41,7 +39,7 @@ class GivenModel:
 class Embedder:
     """(b, 3, S, S) RGB in [-1, 1] of ``image_size`` -> (b, embedding_dim), and of which model the vectors are (``space``)."""
 
-    network: nn.Module
+    network: FrozenModel
     embedding_dim: int
     image_size: int
     space: str
@@ -58,7 +56,7 @@ def open_embedder(given: GivenModel, device: torch.device) -> Embedder:
         size = given.image_size or DEFAULT_IMAGE_SIZE
         file = ModelFile(path, given.net, given.embedding_dim, given.input)
         model = open_model(file, size, device)
-        return Embedder(model.to(device), model.embedding_dim, size, model.fingerprint)
+        return _embedder(model, size)
     _refuse_settings(given)
     found = _of_folder(path, device) if config is None else _of_run(path, config, device)
     return _flipped(found) if given.input.flip_average else found
@@ -92,26 +90,24 @@ def _config_of(run_dir: Path) -> Config | None:
 def _of_run(path: Path, config: Config, device: torch.device) -> Embedder:
     name, size = path.name, config.data.image_size
     if name == "old" and config.old.weights is not None:
-        old = open_old_model(config, Path(), device)
-        return Embedder(old.to(device), old.embedding_dim, size, old.fingerprint)
+        return _embedder(open_old_model(config, Path(), device), size)
+    if name == "new" and config.new.weights is not None and config.compat.mode != "mapping-direct":
+        return _embedder(open_new_model(config, Path(), device), size)
     if name == "old" and config.old.net is None:
         raise ConfigError(f"{path.parent} has stored vectors for its old model (old.vectors); there is no model to run")
-    if name == "old":
-        assert config.old.net is not None
-        net = build_net(config.old.net, config.old.embedding_dim, size, seed=0)
-        dim = config.old.embedding_dim
-    else:
-        net, dim = build_net(config.new.net, config.new.embedding_dim, size, seed=0), config.new.embedding_dim
-    given = config.new.weights if name == "new" else None
-    weights = path / _WEIGHTS if given is None else Path(given)
+    section = config.old if name == "old" else config.new
+    assert section.net is not None, "the config was checked"
+    # of mapping-direct, too: the rotation is among the weights that the run leaves
+    weights = path / _WEIGHTS
     if not weights.is_file():
         raise CheckpointError(
             f"{weights} is not there; the run's stage {name!r} has not finished, or was not asked for"
         )
+    net = build_net(section.net, section.embedding_dim, size, seed=0)
     load_weights(net, weights)
-    if name == "new" and config.compat.mode == "mapping-direct":  # its rotation is part of the new model
-        net = nn.Sequential(net, read_bridge(path.parent / "bridge"))
-    return _ready(net, dim, size, device)
+    turned = name == "new" and config.compat.mode == "mapping-direct"
+    seen = input_of(config.new.input) if turned else OUR_INPUT
+    return _embedder(freeze_net(net.to(device), section.net, section.embedding_dim, seen), size)
 
 
 def _of_folder(path: Path, device: torch.device) -> Embedder:
@@ -121,29 +117,29 @@ def _of_folder(path: Path, device: torch.device) -> Embedder:
         with safe_open(weights, "pt") as file:
             card = file.metadata() or {}
         net, dim, size = card["net"], int(card["embedding_dim"]), int(card["image_size"])
+        said = {
+            key: tuple(one) if isinstance(one, list) else one
+            for key, one in json.loads(card.get("input", "{}")).items()
+        }
+        seen = InputSpec(**said)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} holds no {_WEIGHTS}; name a stage of a run (RUN_DIR/NAME/new), or a model file"
         ) from None
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{weights} does not say its net, embedding_dim and image_size ({error}); name the file itself, with --net and "
             "--embedding-dim"
         ) from None
     network = build_net(net, dim, size, seed=0)
     load_weights(network, weights)
-    return _ready(network, dim, size, device)
+    return _embedder(freeze_net(network.to(device), net, dim, seen), size)
 
 
-def _ready(net: nn.Module, dim: int, image_size: int, device: torch.device) -> Embedder:
-    return Embedder(net.to(device).eval().requires_grad_(False), dim, image_size, fingerprint(net))
+def _embedder(model: FrozenModel, image_size: int) -> Embedder:
+    return Embedder(model, model.embedding_dim, image_size, model.fingerprint)
 
 
 def _flipped(one: Embedder) -> Embedder:
     """The mean of the unit vectors of image and mirror: another model, so another space."""
-    network = one.network
-    if isinstance(network, FrozenModel):
-        model = network.with_input(dataclasses.replace(network.input, flip_average=True))
-    else:
-        model = FrozenModel(network, one.embedding_dim, one.space, InputSpec(flip_average=True))
-    return Embedder(model, one.embedding_dim, one.image_size, model.fingerprint)
+    return _embedder(one.network.with_input(dataclasses.replace(one.network.input, flip_average=True)), one.image_size)

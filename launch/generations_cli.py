@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lce_dist.errors import ConfigError, DataError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # heavy imports wait until the command runs
     from lce_dist.config import Config
     from lce_dist.evaluation.generations import Generations
     from lce_dist.evaluation.metrics import EmbeddingSet
+    from lce_dist.models.old_model import FrozenModel
     from pipelines.manifest import IdentitySplit, PackedDataset, View
 
 _BLOCK_ROWS = 128
@@ -163,61 +164,52 @@ def _unseen(upgrades: Sequence[_Upgrade]) -> View:
     return last.dataset.select(left)
 
 
-def _old_of(upgrade: _Upgrade, device: torch.device) -> nn.Module:
+def _old_of(upgrade: _Upgrade, device: torch.device) -> FrozenModel:
     from launch.prepare import open_old_model
-    from lce_dist.models.catalog import build_net
-    from lce_dist.models.weights import load_weights
 
     old = upgrade.config.old
     if old.weights is not None:
         return open_old_model(upgrade.config, Path(), device)
     if old.net is None:
         raise ConfigError(f"{upgrade.directory} has stored vectors for its old model; generations compare models")
-    net = build_net(old.net, old.embedding_dim, upgrade.config.data.image_size, seed=0)
-    load_weights(net, upgrade.directory / "old" / "model.safetensors")
-    return net.to(device).eval()
+    return _of_run(upgrade, "old", old.net, old.embedding_dim, device)
 
 
-def _new_of(upgrade: _Upgrade, device: torch.device) -> nn.Module:
-    from torch import nn
-
-    from lce_dist.compat.artefact import read_bridge
-
-    net = _plain_new(upgrade).to(device).eval()
-    if upgrade.config.compat.mode == "mapping-direct":  # its rotation is part of the new model
-        return nn.Sequential(net, read_bridge(upgrade.directory / "bridge").to(device))
-    return net
-
-
-def _plain_new(upgrade: _Upgrade) -> nn.Module:
-    from lce_dist.models.catalog import build_net
-    from lce_dist.models.weights import load_weights
+def _new_of(upgrade: _Upgrade, device: torch.device) -> FrozenModel:
+    """What is shipped: trained in the run, turned in it, or as it was given."""
+    from launch.prepare import open_new_model
 
     new = upgrade.config.new
-    net = build_net(new.net, new.embedding_dim, upgrade.config.data.image_size, seed=0)
-    load_weights(net, upgrade.directory / "new" / "model.safetensors" if new.weights is None else Path(new.weights))
-    return net
+    if new.weights is None or upgrade.config.compat.mode == "mapping-direct":
+        assert new.net is not None, "the config was checked"
+        return _of_run(upgrade, "new", new.net, new.embedding_dim, device)
+    return open_new_model(upgrade.config, Path(), device)
+
+
+def _of_run(upgrade: _Upgrade, stage: Literal["old", "new"], net: str, dim: int, device: torch.device) -> FrozenModel:
+    from launch.prepare import input_of
+    from lce_dist.models.old_model import ModelFile, open_model
+
+    weights = upgrade.directory / stage / "model.safetensors"
+    seen = input_of(getattr(upgrade.config, stage).input)
+    return open_model(ModelFile(weights, net, dim, seen), upgrade.config.data.image_size, device)
 
 
 def _check_chain(before: _Upgrade, after: _Upgrade) -> None:
-    """The old model of ``after`` has to be the new one of ``before``."""
+    """The old model of ``after`` has to be the new one of ``before``, weights and preprocessing."""
     import torch
 
-    from lce_dist.models.old_model import FrozenModel
-    from lce_dist.models.weights import fingerprint
-
-    if before.config.compat.mode == "mapping-direct":
-        raise ConfigError(
-            f"{before.directory} has compat.mode 'mapping-direct': its new model's rotation is in no file of weights, so "
-            "no run can upgrade it. Name it last, or train it in another mode"
-        )
+    given = before.config.new.weights
+    weights = str(before.directory / "new" / "model.safetensors")
+    if given is not None and before.config.compat.mode != "mapping-direct":
+        weights = given
+    net = f' and old.net = "{before.config.new.net}"' if before.config.new.net is not None else ""
     told = f"{after.directory} does not upgrade the new model of {before.directory}"
-    fix = f'it needs old.weights = "{before.directory}/new/model.safetensors" and old.net = "{before.config.new.net}"'
+    fix = f'it needs old.weights = "{weights}"{net}, and [old.input] as that run\'s [new.input]'
     if after.config.old.weights is None:
         raise ConfigError(f"{told}: it trained an old model of its own; {fix}")
-    old = _old_of(after, torch.device("cpu"))
-    assert isinstance(old, FrozenModel), "it was opened from a file"
-    if fingerprint(old.network) != fingerprint(_plain_new(before)):
+    cpu = torch.device("cpu")
+    if _old_of(after, cpu).fingerprint != _new_of(before, cpu).fingerprint:
         raise ConfigError(f"{told}: its old.weights are {after.config.old.weights}; {fix}")
 
 

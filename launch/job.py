@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -9,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from launch.bridge import bridge_stage, some_identities
 from launch.pair_sets import accuracy_cells, open_pair_sets, pair_set_entries
 from launch.parts import cache_settings, open_parts, training_order
 from launch.preflight import check_gpu_memory
-from launch.prepare import heldout_attributes, open_old_model
+from launch.prepare import heldout_attributes, open_new_model, open_old_model, seen_identities
 from launch.report import RunFacts, write_report
 from launch.stored import StoredOld, open_stored
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_agree, barrier
 from lce_dist.compat.artefact import read_card
 from lce_dist.compat.boundaries import BoundaryPolicy
+from lce_dist.compat.bridges import Bridge
 from lce_dist.compat.closed_form import PairSums
 from lce_dist.compat.closed_form import procrustes as procrustes_of
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
+from lce_dist.compat.rotation import fold_rotation
 from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.errors import RunError
@@ -43,7 +46,8 @@ from lce_dist.head.classifier import OldRows, save_classifier
 from lce_dist.head.identity import identity_tensor
 from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
-from lce_dist.models.old_model import FrozenModel
+from lce_dist.models.old_model import FrozenModel, freeze_net
+from lce_dist.models.preprocess import OUR_INPUT
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
 from lce_dist.storage import together
 from lce_dist.training.fence import take_over
@@ -62,9 +66,10 @@ _BLOCK_ROWS = 128
 _CACHE_BYTES = 2 << 30
 BAD_IMAGES_FILE = "bad_images.tsv"  # in a run's directory: stage, shard, key, reason
 _TELL_STEPS = 50  # between two numbers of how shards come
+_NOT_TURNED = "before_rotation.safetensors"  # of a new model that is trained and then turned into the old space
 _ROTATION_IMAGES = 20_000  # that the rotation beside the report is fitted to
 
-OldModel = nn.Module | StoredOld
+OldModel = FrozenModel | StoredOld
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,11 @@ def run_job(job: Job, world: World, report: Report) -> None:
     def same_old() -> None:
         refuse_changed(old, before)
 
-    new = _network(job, "new", config.new, train_view, compat, world, report, same_old)
+    if config.new.weights is not None:
+        new = open_new_model(config, job.base_dir, world.device)
+        report({"type": "stage_skipped", "stage": "new", "why": f"weights given: {config.new.weights}"})
+    else:
+        new = _network(job, "new", _net_of(config), train_view, compat, world, report, same_old)
     nets: dict[str, tuple[OldModel, int]]
     nets = {"old": (old, config.old.embedding_dim), "new": (new, config.new.embedding_dim)}
     bridge = None
@@ -128,15 +137,15 @@ def run_job(job: Job, world: World, report: Report) -> None:
             {str(way): found for way, found in compat.method.maps().items()} if compat is not None else {},
             _seed_of(config, "bridge"),
             job.fingerprint,
-            (fingerprint(new), _fingerprint_of(old)),
+            (new.fingerprint, old.fingerprint),
             world,
             report,
         )
-        if config.compat.manner == "direct":  # a rotation of the new model, part of it from here on
-            new = nn.Sequential(new, bridge)
+        if config.compat.manner == "direct":
+            new = _turned(job, new, bridge, world, report)
             nets["new"] = (new, config.new.embedding_dim)
     if job.with_independent:
-        independent = _network(job, "independent", config.new, train_view, None, world, report)
+        independent = _network(job, "independent", _net_of(config), train_view, None, world, report)
         nets["independent"] = (independent, config.new.embedding_dim)
 
     # the models, what a rotation alone would give, the pairs, the report
@@ -170,7 +179,7 @@ def run_job(job: Job, world: World, report: Report) -> None:
         others = accuracy_cells(pairs)
         upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed, others)
         card = None if bridge is None else read_card(job.run_dir / "bridge")
-        spaces = fingerprint(new), _fingerprint_of(old)
+        spaces = new.fingerprint, old.fingerprint
         facts = RunFacts(
             job.fingerprint, job.examination, *spaces, _read_speeds(job.run_dir), world.size, world.num_nodes, card
         )
@@ -285,22 +294,21 @@ def _network(
     world: World,
     report: Report,
     at_end: Callable[[], None] = lambda: None,
-) -> nn.Module:
+) -> FrozenModel:
     """The trained network of one stage: loaded when finished before (or given), trained to its end otherwise.
 
+    Its fingerprint is the one that it has when its file is the old model of the next run.
     at_end: called by every rank before the trained weights are published; its error leaves them unpublished on all.
     """
     config = job.config
     directory, told_step = job.run_dir / name, job.told_steps.get(name, 0)
     seed = _seed_of(config, name)
     net = build_net(section.net, section.embedding_dim, config.data.image_size, seed)
-    weights = directory / "model.safetensors"
+    turns = name == "new" and config.compat.mode == "mapping-direct"
+    weights = directory / (_NOT_TURNED if turns else "model.safetensors")
     finished = directory / "done.json"
     beside = compat.method if compat is not None and compat.method.state_dict() else None
-    if section.weights is not None:
-        load_weights(net, job.base_dir / section.weights)
-        report({"type": "stage_skipped", "stage": name, "why": f"weights given: {section.weights}"})
-    elif all_agree(finished.exists() and weights.exists(), world):
+    if all_agree(finished.exists() and weights.exists(), world):
         load_weights(net, weights)
         if beside is not None:
             load_weights(beside, directory / "method.safetensors")
@@ -345,10 +353,9 @@ def _network(
                 yield _told(iter(stream), view, name, step, plan.total_steps, report)
 
         trained = train_stage(stage, net, config, compat, batches_from, hash_ids, world, report)
-        card = {"stage": name, "net": section.net, "embedding_dim": str(section.embedding_dim)}
-        card |= {"image_size": str(config.data.image_size), "fingerprint": job.fingerprint}
         together(at_end, world, RunError)
         together(may_commit, world, RunError)
+        card = _card_of(job, name, section)
         _save_classifier(directory / "classifier", trained, compat, config, card, world)
         if world.is_first:
             save_weights(net, weights, card)
@@ -362,7 +369,37 @@ def _network(
         if beside is not None:
             load_weights(beside, directory / "method.safetensors")
         report({"type": "stage_done", "stage": name})
-    return net.to(world.device).eval().requires_grad_(False)
+    return freeze_net(net.to(world.device), section.net, section.embedding_dim, OUR_INPUT)
+
+
+def _net_of(config: Config) -> NetConfig:
+    section = config.new.trained
+    assert section is not None, "the config was checked"
+    return section
+
+
+def _card_of(job: Job, stage: str, section: NetConfig) -> dict[str, str]:
+    """What a file of weights says of itself."""
+    card = {"stage": stage, "net": section.net, "embedding_dim": str(section.embedding_dim)}
+    return card | {"image_size": str(job.config.data.image_size), "fingerprint": job.fingerprint}
+
+
+def _turned(job: Job, new: FrozenModel, bridge: Bridge, world: World, report: Report) -> FrozenModel:
+    """The new model with the rotation among its weights: what is shipped, ``RUN/new/model.safetensors``."""
+    section = _net_of(job.config)
+    net, weights = copy.deepcopy(new.network), job.run_dir / "new" / "model.safetensors"
+    report({"type": "stage_start", "stage": "new", "total_steps": 1, "first_step": 0})
+    rotation = bridge.matrix.weight
+    assert isinstance(rotation, torch.Tensor), "it is linear"
+    fold_rotation(net, rotation)
+    card = _card_of(job, "new rotated", section)
+    if new.input != OUR_INPUT:
+        card["input"] = json.dumps(asdict(new.input))
+    together(lambda: save_weights(net, weights, card) if world.is_first else None, world, RunError)
+    barrier(world)
+    load_weights(net, weights)  # every rank goes on with the bytes that were published
+    report({"type": "stage_done", "stage": "new"})
+    return freeze_net(net, section.net, section.embedding_dim, new.input)
 
 
 def _may_commit(job: Job, world: World) -> Callable[[], None]:
@@ -434,11 +471,12 @@ def _old_space(job: Job, old: OldModel, view: View, world: World, report: Report
     dim, classes = config.old.embedding_dim, len(view.identities)
     first, last = local_classes(classes, world)
     policy = BoundaryPolicy(compat.boundary_policy, compat.boundary_percentile, compat.slack_rad, compat.single_image)
-    state: dict[str, Any] = {"old_model": _fingerprint_of(old), "data": view.fingerprint, **policy.describe()}
+    state: dict[str, Any] = {"old_model": old.fingerprint, "data": view.fingerprint, **policy.describe()}
     state["image_size"] = config.data.image_size
     seen_S = None
     if compat.seen_only:
-        seen = set(open_parts(config.data, job.base_dir, view.dataset, job.cache_dir).identities.old)
+        parts = open_parts(config.data, job.base_dir, view.dataset, job.cache_dir)
+        seen = seen_identities(config, job.base_dir, parts)
         state["seen"] = hashlib.sha256("\n".join(sorted(seen)).encode()).hexdigest()
         seen_S = torch.tensor([key in seen for key in view.identities[first:last]], device=world.device)
     name = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
@@ -474,11 +512,9 @@ def refuse_changed(old: OldModel, before: str | None) -> None:
         )
 
 
-def _fingerprint_of(old: OldModel) -> str:
-    return old.fingerprint if isinstance(old, FrozenModel | StoredOld) else fingerprint(old)
-
-
-def embedded(job: Job, net: OldModel, dim: int, view: View, world: World) -> Callable[..., Iterator[EmbeddedRows]]:
+def embedded(
+    job: Job, net: nn.Module | StoredOld, dim: int, view: View, world: World
+) -> Callable[..., Iterator[EmbeddedRows]]:
     """A pass over ``view`` that can be repeated, also from the middle; what fits in memory is computed once."""
     if isinstance(net, StoredOld):
         return net.image_rounds(view, world)

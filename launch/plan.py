@@ -147,7 +147,7 @@ def measured_rates(config: Config) -> tuple[float, float, float]:
         source = torch.randn(1 << 24)
         target = torch.empty_like(source)
         copy = 8.0 * source.numel() / _typical(lambda: target.copy_(source))
-        section, size = config.new, config.data.image_size
+        section, size = planning.trained_new(config), config.data.image_size
         net = build_net(section.net, section.embedding_dim, size, seed=0).train()
         images = torch.randn(16, 3, size, size)
         flop = 3.0 * 16 * planning.net_cost(section.net, section.embedding_dim, size).forward_flop

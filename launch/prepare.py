@@ -18,14 +18,16 @@ import torch
 from launch.pair_sets import file_fingerprint, open_pair_sets
 from launch.parts import Part, Parts, cache_settings, open_parts, shuffle_of, training_order
 from launch.stored import check_against_vectors, open_stored
-from lce_dist.compat.methods import find_method
-from lce_dist.config import Config, DataConfig, NetConfig, OldConfig, SyntheticConfig
+from launch.vector_files import lines_of
+from lce_dist.compat.fit import LEAST_IDENTITIES
+from lce_dist.compat.methods import METHODS, find_method
+from lce_dist.compat.rotation import last_layers
+from lce_dist.config import Config, DataConfig, InputConfig, NewConfig, OldConfig, SyntheticConfig
 from lce_dist.errors import ConfigError, DataError
 from lce_dist.head import classifier
 from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import FrozenModel, ModelFile, open_model
 from lce_dist.models.preprocess import InputSpec
-from lce_dist.models.weights import fingerprint, load_weights
 from lce_dist.training.plan import StagePlan, plan_stage
 from pipelines.attributes import Columns, attributes_of, drawn_attributes
 from pipelines.cache import DEFAULT_CACHE, CacheSettings
@@ -49,6 +51,7 @@ class Prepared:
     old_weights: str | None  # fingerprint of weights and preprocessing, or of stored vectors
     new_weights: str | None  # fingerprint
     first_rows: str | None  # fingerprint of head.start_from
+    old_identities: str | None  # fingerprint of those of old.identities that the new model is trained on
     pair_sets: tuple[str, ...]  # fingerprints of evaluation.pairs
     attributes: str | None  # fingerprint of evaluation.attributes
 
@@ -59,7 +62,7 @@ class Prepared:
     def identity(self, config: Config) -> dict[str, object]:
         """All that the trained weights depend on: settings, data, given weights and rows."""
         given: dict[str, object] = {"old_weights": self.old_weights, "new_weights": self.new_weights}
-        given |= {"first_rows": self.first_rows, "split": self.parts.fingerprint}
+        given |= {"first_rows": self.first_rows, "split": self.parts.fingerprint, "old_identities": self.old_identities}
         values = config.training_values()
         # the same images read from elsewhere come in the same order
         values["data"]["shuffle"] = shuffle_of(config.data, self.dataset)
@@ -122,11 +125,18 @@ def _short_hash(config: SyntheticConfig) -> str:
 def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path, progress: Progress) -> Prepared:
     """Make or open the data set, split it, and check everything that can be known before training."""
     check_method(config)
-    net = build_net(config.new.net, config.new.embedding_dim, config.data.image_size, seed=0)
+    if config.new.net is not None:
+        net = build_net(config.new.net, config.new.embedding_dim, config.data.image_size, seed=0)
+        if config.compat.mode == "mapping-direct":
+            last_layers(net)
+    elif with_independent:
+        raise ConfigError(
+            "--with-independent trains new.net without compatibility; new.weights brings its own network and new.net is not "
+            "set. Leave it out"
+        )
     new_weights = None
     if config.new.weights is not None:
-        load_weights(net, Path(config.new.weights))
-        new_weights = fingerprint(net)
+        new_weights = open_new_model(config, Path(), torch.device("cpu")).fingerprint
     old_model = None
     if config.old.weights is not None:
         old_model = open_old_model(config, Path(), torch.device("cpu"))
@@ -150,6 +160,16 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         else:
             check_against_vectors(old_model, vectors, dataset, config.data.image_size, cache)
     parts = open_parts(config.data, Path(), dataset, cache)
+    if config.compat.maps_only or config.compat.manner != "direct":
+        judging = int((parts.view("train").count_C > 1).sum())
+        if judging < LEAST_IDENTITIES:
+            raise DataError(
+                f"{judging} training identities have two images or more; compat.mode {config.compat.mode!r} chooses a map, "
+                f"which needs at least {LEAST_IDENTITIES} of these. Bring more images, or hold out fewer identities"
+            )
+    seen = None
+    if config.old.identities is not None:
+        seen = hashlib.sha256("\n".join(sorted(seen_identities(config, Path(), parts))).encode()).hexdigest()[:16]
     heldout = parts.view("heldout")
     heldout_attributes(config, Path(), dataset, np.asarray(heldout.sample_ids))
     if config.evaluation.pairs and config.old.weights is None and config.old.vectors is not None:
@@ -164,12 +184,13 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
             "identity. Raise data.heldout_identities, change data.split_seed, or bring more images"
         )
     plans: dict[str, StagePlan] = {}
-    networks: dict[str, tuple[Part, OldConfig | NetConfig]]
+    networks: dict[str, tuple[Part, OldConfig | NewConfig]]
     networks = {"old": ("old", config.old), "new": ("train", config.new)}
     if with_independent:
         networks["independent"] = ("train", config.new)
     for name, (part, section) in networks.items():
-        if section.weights is None and not (name == "old" and config.old.vectors is not None):
+        is_given = section.weights is not None and name != "independent"
+        if not is_given and not (name == "old" and config.old.vectors is not None):
             view = parts.view(part)
             plans[name] = plan_stage(config, view.num_samples, view.num_classes, section.epochs, num_ranks)
             if config.data.sampling == "pk":
@@ -177,16 +198,48 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     fingerprints = tuple(one.fingerprint for one in pair_sets)
     named = config.evaluation.attributes
     attributes = None if named is None else file_fingerprint(Path(named))
-    return Prepared(dataset, parts, plans, old_weights, new_weights, first_rows, fingerprints, attributes)
+    return Prepared(dataset, parts, plans, old_weights, new_weights, first_rows, seen, fingerprints, attributes)
 
 
 def open_old_model(config: Config, base_dir: Path, device: torch.device) -> FrozenModel:
     """The old model that the config names as a file; a dimension that does not fit is an error."""
-    old = config.old
-    assert old.weights is not None
-    seen = InputSpec(old.input.size, old.input.channels, old.input.mean, old.input.std, old.input.flip_average)
-    file = ModelFile(base_dir / old.weights, old.net, old.embedding_dim, seen)
+    return _open_given(config.old, config, base_dir, device)
+
+
+def open_new_model(config: Config, base_dir: Path, device: torch.device) -> FrozenModel:
+    """As ``open_old_model``, the new model of a run that trains none."""
+    return _open_given(config.new, config, base_dir, device)
+
+
+def input_of(asked: InputConfig) -> InputSpec:
+    """[old.input] or [new.input] as models take it."""
+    return InputSpec(asked.size, asked.channels, asked.mean, asked.std, asked.flip_average)
+
+
+def _open_given(section: OldConfig | NewConfig, config: Config, base_dir: Path, device: torch.device) -> FrozenModel:
+    assert section.weights is not None
+    file = ModelFile(base_dir / section.weights, section.net, section.embedding_dim, input_of(section.input))
     return open_model(file, config.data.image_size, device)
+
+
+def seen_identities(config: Config, base_dir: Path, parts: Parts) -> frozenset[str]:
+    """Identities of the new training set that the old model was trained on: as old.identities, or as the split says.
+
+    Errors: DataError where the file is absent or names none of them.
+    """
+    trained = parts.view("train").identities
+    if config.old.identities is None:
+        return frozenset(parts.identities.old).intersection(trained)
+    path = base_dir / config.old.identities
+    if not path.is_file():
+        raise DataError(f"old.identities {path} is not a file; write the old model's identity keys into it, one a line")
+    found = frozenset(lines_of(path)).intersection(trained)
+    if not found:
+        raise DataError(
+            f"old.identities {path} names none of the {len(trained)} training identities; write keys as the data set has them "
+            "(identities.txt in it), one a line"
+        )
+    return found
 
 
 def heldout_attributes(
@@ -209,10 +262,11 @@ def check_method(config: Config) -> None:
                 "Remove compat.method; compat.bridge chooses the map"
             )
         return
-    if compat.seen_only and compat.method != "lce":
-        raise ConfigError(
-            f"compat.seen_only is true; compat.method {compat.method!r} has no such limit. Remove it, or use 'lce'"
-        )
+    unless_set = config.compat_unless_set()
+    for key in sorted(frozenset.union(*(one.card.keys for one in METHODS.values())) - method.card.keys):
+        value = getattr(compat, key)
+        if value != unless_set[key]:
+            raise ConfigError(f"compat.{key} is {value}; compat.method {compat.method!r} does not use it. Remove it")
     manners = method.card.manners
     if compat.manner not in manners:
         modes = ", ".join(repr(f"training-{manner}") for manner in sorted(manners))

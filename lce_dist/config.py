@@ -134,12 +134,11 @@ class AugmentConfig(_Section):
 
 
 class NetConfig(_Section):
-    """A network and how long it trains. ``weights`` names trained ones; such a model is not trained."""
+    """A network and how long it trains."""
 
     net: str
     embedding_dim: Count = 512
     epochs: Positive = 20.0
-    weights: str | None = None
 
 
 class InputConfig(_Section):
@@ -161,11 +160,37 @@ class InputConfig(_Section):
         return tuple(float(v) if isinstance(v, int) else v for v in value) if isinstance(value, list) else value
 
 
+class NewConfig(_Section):
+    """The new model: a network that is trained here, or one from a file (``weights``, as those of the old model)."""
+
+    net: str | None = None
+    embedding_dim: Count = 512
+    epochs: Positive = 20.0
+    weights: str | None = None
+    input: InputConfig = InputConfig()
+
+    @model_validator(mode="after")
+    def _net_or_file(self) -> NewConfig:
+        if self.weights is None and self.net is None:
+            raise ValueError("net and weights are missing; name a net to train, or weights that exist")
+        if self.weights is None and self.input != InputConfig():
+            raise ValueError("input is set; it is for a model from a file (weights). Remove it")
+        return self
+
+    @property
+    def trained(self) -> NetConfig | None:
+        """The network to train; None for a file that brings its own."""
+        if self.net is None:
+            return None
+        return NetConfig(net=self.net, embedding_dim=self.embedding_dim, epochs=self.epochs)
+
+
 class OldConfig(_Section):
     """The old model: a network that is trained here, one from a file (``weights``), or stored ``vectors`` alone.
 
     weights: safetensors or a torch state dict (with ``net``); TorchScript, torch.export or ONNX (without).
     vectors: Parquet, npz or npy, keyed by image or identity; beside ``weights`` they check the preprocessing.
+    identities: a file of the identity keys that a given model was trained on, one a line, for compat.seen_only.
     """
 
     net: str | None = None
@@ -173,7 +198,13 @@ class OldConfig(_Section):
     epochs: Positive = 20.0
     weights: str | None = None
     vectors: str | None = None
+    identities: str | None = None
     input: InputConfig = InputConfig()
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the model, or its vectors, comes from a file, so that no run knows who is in its training set."""
+        return self.weights is not None or self.vectors is not None
 
     @model_validator(mode="after")
     def _net_or_file(self) -> OldConfig:
@@ -185,6 +216,8 @@ class OldConfig(_Section):
             )
         if self.weights is None and self.input != InputConfig():
             raise ValueError("input is set; it is for a model from a file (weights). Remove it")
+        if self.identities is not None and not self.is_given:
+            raise ValueError("identities is set; it is for a model from a file (weights, vectors). Remove it")
         return self
 
 
@@ -306,10 +339,10 @@ class CompatConfig(_Section):
         return self.mode.startswith("mapping-")
 
     @property
-    def joint_bridge(self) -> Literal["stacked", "linear", "mlp", "orthogonal"]:
+    def joint_bridge(self) -> Literal["stacked", "linear", "mlp", "orthogonal", "paper"]:
         """The map that is trained with the network; closed forms cannot be, and are fitted afterwards."""
-        kinds: dict[str, Literal["stacked", "mlp", "orthogonal"]]
-        kinds = {"stacked": "stacked", "paper": "stacked", "mlp": "mlp", "fct": "mlp", "orthogonal": "orthogonal"}
+        kinds: dict[str, Literal["stacked", "mlp", "orthogonal", "paper"]]
+        kinds = {"stacked": "stacked", "paper": "paper", "mlp": "mlp", "fct": "mlp", "orthogonal": "orthogonal"}
         return kinds.get(self.bridge, "linear")
 
     def align_period(self, num_classes: int) -> int:
@@ -323,8 +356,10 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
     """Default weights of LCE under the head's scale: the slopes of the classification loss grow with it, so must theirs.
 
     Through maps a quarter of the alignment: more of it holds the new rows in the old space's dimensions, for nothing.
-    Chosen by ``benchmarks.compatibility`` (DESIGN.md, 2026-11-23).
+    Chosen by ``benchmarks.compatibility`` (DESIGN.md, 2026-11-23). Where both models exist there is no such loss: equal weights.
     """
+    if mode.startswith("mapping-"):
+        return {"align_weight": 1.0, "boundary_weight": 1.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
     return {"align_weight": align, "boundary_weight": scale / 16.0}
 
@@ -349,6 +384,44 @@ PRESETS: dict[str, dict[str, object]] = {
         "bridge": "paper",
     },
 }
+
+
+_OF_TRAINING = (
+    "method_weight",
+    "align_share",
+    "boundary_policy",
+    "boundary_percentile",
+    "slack_rad",
+    "single_image",
+    "seen_only",
+    "rows_from_old",
+    "centres",
+)
+_OF_CLASS_TERMS = ("align_weight", "boundary_weight", "boundary")
+
+
+def _without_effect(compat: CompatConfig) -> dict[str, str]:
+    """Keys that nothing reads in this mode, and why. What a method reads is its card's matter (compat/method.py)."""
+    idle: dict[str, str] = {}
+    if compat.maps_only:
+        idle |= dict.fromkeys(_OF_TRAINING, f"compat.mode is {compat.mode!r}, in which no model is trained")
+        if compat.bridge != "paper" or compat.manner == "direct":
+            why = f"compat.mode is {compat.mode!r}, where the class terms train a map of compat.bridge 'paper' alone"
+            idle |= dict.fromkeys(_OF_CLASS_TERMS, why)
+    if compat.manner == "direct":
+        idle["bridge"] = f"compat.mode is {compat.mode!r}, which has no map to choose"
+    if compat.mode == "training-direct":
+        idle |= dict.fromkeys(("bridge_heldout", "align_share"), "compat.mode is 'training-direct', which has no map")
+    if compat.boundary_policy != "percentile":
+        idle.setdefault("boundary_percentile", f"compat.boundary_policy is {compat.boundary_policy!r}")
+    return idle
+
+
+def _filled(preset: str, mode: str, scale: float, new_dim: float) -> dict[str, object]:
+    filled = weights_for(scale, mode) | PRESETS[preset]
+    if preset == "reference-code":
+        filled["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / new_dim
+    return filled
 
 
 def _number(section: Any, key: str, default: float) -> float:
@@ -489,7 +562,7 @@ class Config(_Section):
     data: DataConfig
     augment: AugmentConfig = AugmentConfig()
     old: OldConfig
-    new: NetConfig
+    new: NewConfig
     head: HeadConfig
     compat: CompatConfig = CompatConfig()
     optim: OptimConfig = OptimConfig()
@@ -507,14 +580,47 @@ class Config(_Section):
         if not isinstance(values, dict):
             return values
         compat = values.get("compat", {})
-        preset = PRESETS.get(str(compat.get("preset", "default"))) if isinstance(compat, dict) else None
-        if preset is None:
+        preset = str(compat.get("preset", "default")) if isinstance(compat, dict) else ""
+        if preset not in PRESETS:
             return values
         mode = str(compat.get("mode", CompatConfig.model_fields["mode"].default))
-        filled = weights_for(_number(values.get("head"), "scale", 64.0), mode) | preset
-        if compat.get("preset") == "reference-code":
-            filled["align_weight"] = 2.0 * _REFERENCE_MSE_WEIGHT / _number(values.get("new"), "embedding_dim", 512.0)
-        return {**values, "compat": {**filled, **compat}}
+        scale, dim = _number(values.get("head"), "scale", 64.0), _number(values.get("new"), "embedding_dim", 512.0)
+        return {**values, "compat": {**_filled(preset, mode, scale, dim), **compat}}
+
+    def compat_unless_set(self) -> dict[str, Any]:
+        """What ``[compat]`` holds where the config does not say otherwise."""
+        filled = _filled(self.compat.preset, self.compat.mode, self.head.scale, float(self.new.embedding_dim))
+        return CompatConfig().model_dump() | filled
+
+    @model_validator(mode="after")
+    def _no_key_without_effect(self) -> Config:
+        """A key of ``[compat]`` that this run would not look at is refused, as a margin is that the loss does not use."""
+        compat, unless_set = self.compat, self.compat_unless_set()
+        for key, why in _without_effect(compat).items():
+            value = getattr(compat, key)
+            if value != unless_set[key]:
+                raise ValueError(f"compat.{key} is {value}; {why}. Remove it")
+        if (
+            compat.bridge == "paper"
+            and compat.manner != "direct"
+            and not (compat.align_weight or compat.boundary_weight)
+        ):
+            raise ValueError(
+                "compat.align_weight and boundary_weight are 0; compat.bridge 'paper' is trained by these terms alone. Set one"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _seen_is_known(self) -> Config:
+        """Whom an old model from a file has seen is not for the run to guess."""
+        if self.old.identities is not None and not self.compat.seen_only:
+            raise ValueError("old.identities is set; compat.seen_only alone looks at it. Remove it, or set seen_only")
+        if self.compat.seen_only and self.old.is_given and self.old.identities is None and self.data.split is None:
+            raise ValueError(
+                "compat.seen_only is true; whom an old model from a file was trained on has to be said. Set old.identities, "
+                "a file of identity keys, one a line, or data.split, whose old part they are"
+            )
+        return self
 
     @model_validator(mode="after")
     def _identities_fill_batches(self) -> Config:
@@ -549,12 +655,17 @@ class Config(_Section):
                 f"new.weights is set, and compat.mode is {self.compat.mode!r}, which trains the new model. Remove "
                 "new.weights, or set compat.mode to 'mapping-backward', 'mapping-forward' or 'mapping-direct'"
             )
+        if self.new.net is None and self.compat.mode == "mapping-direct":
+            raise ValueError(
+                "compat.mode is 'mapping-direct', whose rotation becomes part of the new model; new.weights brings its own "
+                "network, which cannot be changed. Name weights of one of our nets (new.net), or use 'mapping-backward'"
+            )
         return self
 
     @property
     def model_names(self) -> tuple[str, str]:
         """What people call the old and the new model: a network, or the place of a file."""
-        return self.old.net or self.old.weights or self.old.vectors or "", self.new.net
+        return self.old.net or self.old.weights or self.old.vectors or "", self.new.net or self.new.weights or ""
 
     def training_values(self) -> dict[str, Any]:
         """The settings that can change the trained weights.
@@ -641,6 +752,7 @@ PLACES = (
     ("data", "split"),
     ("old", "weights"),
     ("old", "vectors"),
+    ("old", "identities"),
     ("new", "weights"),
     ("head", "start_from"),
     ("evaluation", "attributes"),

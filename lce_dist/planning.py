@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lce_dist.config import Config, parse_config
+from lce_dist.config import Config, NetConfig, parse_config
 from lce_dist.errors import ConfigError
 from lce_dist.models.catalog import build_net, num_parameters
 from lce_dist.training.engine import MOST_IN_A_BUCKET
@@ -480,6 +480,17 @@ _ALWAYS = (
 )  # fmt: skip
 
 
+def trained_new(config: Config) -> NetConfig:
+    """The new network. Errors: ConfigError where the config brings another one in a file."""
+    section = config.new.trained
+    if section is None:
+        raise ConfigError(
+            f"new.weights is {config.new.weights}, which brings its own network, and new.net is not set; what is trained is "
+            "planned. Set new.net"
+        )
+    return section
+
+
 def plan(
     config: Config, num_classes: int, num_images: int, machine: Machine, num_nodes: int, ranks_per_node: int
 ) -> Plan:
@@ -489,9 +500,10 @@ def plan(
     """
     ranks = num_nodes * ranks_per_node
     stage = plan_stage(config, num_images, num_classes, config.new.epochs, ranks)
-    new = net_cost(config.new.net, config.new.embedding_dim, config.data.image_size)
+    section = trained_new(config)
+    new = net_cost(section.net, section.embedding_dim, config.data.image_size)
     # an old model that brings its own network counts as the new one's
-    old = net_cost(config.old.net or config.new.net, config.old.embedding_dim, config.data.image_size)
+    old = net_cost(config.old.net or section.net, config.old.embedding_dim, config.data.image_size)
     shape = head_shape(config, num_classes, machine, ranks)
     head, net = head_memory(shape), net_memory(new, config, machine, ranks)
     # boundaries, and how many images each class has

@@ -35,6 +35,7 @@ def card_of(fitted: Fitted, direction: Direction, far: float, about: dict[str, A
         "dim_in": chosen.bridge.dim_in,
         "dim_out": chosen.bridge.dim_out,
         "heldout_identities": fitted.num_heldout_identities,
+        "scored_identities": fitted.num_scored_identities,
         "candidates": [
             {
                 "name": one.name,

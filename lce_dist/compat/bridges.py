@@ -1,7 +1,9 @@
 """Maps between two embedding spaces: (n, D_in) unit rows -> (n, D_out), whose lengths the caller takes off.
 
 Each begins as a given matrix, exactly: what is nonlinear in it is a residual that starts at zero.
-**Source**: the stacked blocks are those of figure 3 of Meng et al., "Learning Compatible Embeddings", ICCV 2021.
+**Source**: the stacked blocks are those of figure 3 of Meng et al., "Learning Compatible Embeddings", ICCV 2021. There the
+skip of a block is the identity: "paper" has that, and a matrix in the first block only where the dimensions differ; "stacked"
+has the matrix always, so that it can begin as a closed form.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-Kind = Literal["stacked", "linear", "mlp", "orthogonal"]
+Kind = Literal["stacked", "linear", "mlp", "orthogonal", "paper"]
 
 _BLOCKS, _PATHS, _NARROW = 4, 4, 16  # figure 3
 _RESIDUAL_SCALE = 0.1
 
 
 class Bridge(nn.Module):
-    """A matrix without bias, plus for some kinds a residual; ``start_from`` sets the one and silences the other."""
+    """A matrix without bias, plus for some kinds a residual; ``start_from`` sets the one and silences the other.
+
+    Of kind "paper" in equal dimensions the matrix is the identity, and stays it.
+    """
 
     def __init__(self, kind: Kind, dim_in: int, dim_out: int) -> None:
         super().__init__()
@@ -29,13 +34,16 @@ class Bridge(nn.Module):
         self.dim_in, self.dim_out = dim_in, dim_out
         self.matrix: nn.Module = nn.Linear(dim_in, dim_out, bias=False)
         self.residual: nn.Module | None = None
-        if kind == "orthogonal":
+        is_stacked = kind in ("stacked", "paper")
+        if kind == "paper" and dim_in == dim_out:
+            self.matrix = nn.Identity()
+        elif kind == "orthogonal":
             self.matrix = parametrizations.orthogonal(self.matrix, orthogonal_map="matrix_exp")
-        elif kind == "mlp":
+        if kind == "mlp":
             self.residual = _Hidden(dim_in, 2 * max(dim_in, dim_out), dim_out)
-        elif kind == "stacked":
+        elif is_stacked:
             self.residual = _Paths(dim_in, dim_out)
-        self.further = nn.ModuleList(_Paths(dim_out, dim_out) for _ in range(_BLOCKS - 1 if kind == "stacked" else 0))
+        self.further = nn.ModuleList(_Paths(dim_out, dim_out) for _ in range(_BLOCKS - 1 if is_stacked else 0))
         self.start_from(_partial_identity(dim_in, dim_out))
 
     def forward(self, rows_ND: torch.Tensor) -> torch.Tensor:
@@ -51,6 +59,13 @@ class Bridge(nn.Module):
         """Become exactly rows_ND @ matrix_ED.T; an orthogonal bridge the nearest (semi-)orthogonal one."""
         if tuple(matrix_ED.shape) != (self.dim_out, self.dim_in):
             raise ValueError(f"matrix is {tuple(matrix_ED.shape)}; must be ({self.dim_out}, {self.dim_in})")
+        if isinstance(self.matrix, nn.Identity):
+            if not torch.equal(matrix_ED, torch.eye(self.dim_in, dtype=matrix_ED.dtype)):
+                raise ValueError(
+                    "a map of kind 'paper' begins as the identity where dimensions are equal; give that matrix"
+                )
+            self._silence()
+            return
         if self.kind == "orthogonal":
             left, _, right = torch.linalg.svd(matrix_ED.double(), full_matrices=False)
             matrix_ED = left @ right
@@ -60,6 +75,9 @@ class Bridge(nn.Module):
             self.matrix.weight = matrix_ED.to(weight.dtype)  # the parametrization finds its own numbers for it
         else:
             weight.copy_(matrix_ED)
+        self._silence()
+
+    def _silence(self) -> None:
         for path in self.modules():
             if isinstance(path, (_Path, _Hidden)):
                 path.silence()

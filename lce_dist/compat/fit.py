@@ -21,13 +21,16 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from lce_dist.compat.boundaries import NEVER_CROSSED
 from lce_dist.compat.bridges import Bridge, Kind, build_bridge
 from lce_dist.compat.closed_form import PairSums, class_centres, least_squares, procrustes
-from lce_dist.errors import RunError
+from lce_dist.compat.lce import outside
+from lce_dist.errors import DataError
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 _BATCH, _EPOCHS, _MOST_STEPS, _LR = 512, 30, 2000, 1e-3
 _LEAST_HELDOUT = 8  # identities; fewer cannot tell maps apart
+LEAST_IDENTITIES = 2 * _LEAST_HELDOUT  # with two images or more
 _ENOUGH_HELDOUT, _MOST_FOLDS = 150, 4  # where one fold holds out fewer, others are fitted and judged too
 _DRAWS, _SURE = 1000, 0.95  # of identities, and in how many of them a trained map must be the better one
 
@@ -53,7 +56,7 @@ class Terms:
     """Weights of a trained map's loss, and the temperature of its contrast; all terms are of 1 - cos, or of cos.
 
     pair: to the partner. contrast: to another image of the identity, among those of the batch. align: class centres to
-    class centres. boundary: into the cone of the class; the last two are LCE's class terms.
+    class centres. boundary: into the cone of the class, its hinge in cosine or angle; the last two are LCE's class terms.
     """
 
     pair: float = 0.0
@@ -61,6 +64,7 @@ class Terms:
     align: float = 0.0
     boundary: float = 0.0
     temperature: float = 0.07
+    hinge: Literal["cos", "angle"] = "cos"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
     "stacked": Recipe("stacked", DEFAULT),
     "orthogonal": Recipe("orthogonal", DEFAULT, "procrustes"),
     # figure 3 with the losses of section 3 of Meng et al., ICCV 2021, alone
-    "paper": Recipe("stacked", Terms(align=1.0, boundary=1.0), "identity"),
+    "paper": Recipe("paper", Terms(align=1.0, boundary=1.0), "identity"),
     # regression of the new vector by an MLP, as Ramanujan et al., "Forward Compatible Training", CVPR 2022
     "fct": Recipe("mlp", Terms(pair=1.0), "identity"),
 }
@@ -103,11 +107,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The chosen map, and all candidates in the order in which they were tried."""
+    """The chosen map, and all candidates in the order in which they were tried; on how many identities they were judged."""
 
     chosen: Candidate
     candidates: tuple[Candidate, ...]
     num_heldout_identities: int
+    num_scored_identities: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,7 @@ def fit_bridge(
     seed: int,
     given: dict[str, Bridge] | None = None,
     report: Callable[[str], None] | None = None,
+    class_terms: Terms | None = None,
 ) -> Fitted:
     """Fit every map that ``kind`` allows ("auto": all) without a share ``heldout`` of the identities, and choose there.
 
@@ -134,7 +140,8 @@ def fit_bridge(
     best trained map where it is better with confidence 0.95; a kind of ``RECIPES`` is taken as it is, its scores beside
     those of the closed forms. The chosen one is fitted once more with all identities. given: maps that exist already, as
     those trained with a network, judged as they are; one replaces the choice only if it is better with that confidence.
-    Errors: RunError for fewer than 16 identities. **Memory**: a few copies of the pairs.
+    class_terms: of kind "paper", in place of equal weights. Errors: DataError for fewer than 16 identities of two images.
+    **Memory**: a few copies of the pairs.
     """
     folds = _folds(pairs, heldout, seed)
     num_heldout = sum(len(torch.unique(fold.unseen.label_N)) for fold in folds)
@@ -151,7 +158,8 @@ def fit_bridge(
         mean, error = float(score_I.mean()), float(score_I.std() / len(score_I) ** 0.5)
         low, high = np.quantile(_drawn_means(score_I), (0.025, 0.975)).tolist()
         if report is not None:
-            report(f"map {name}: {mean:.3f} ({low:.3f} to {high:.3f}) on {num_heldout} held-out identities")
+            judged_on = f"{len(score_I)} of {num_heldout}" if len(score_I) < num_heldout else f"{num_heldout}"
+            report(f"map {name}: {mean:.3f} ({low:.3f} to {high:.3f}) on {judged_on} held-out identities")
         return Candidate(name, bridges[0], mean, error, low, high)
 
     def better(one: Candidate, other: Candidate) -> bool:
@@ -165,7 +173,10 @@ def fit_bridge(
     best_closed = best = max(made.values(), key=lambda candidate: candidate.score)
     trained: dict[str, _Make] = {}
     for name in _TRIED if kind == "auto" else [kind] if kind in RECIPES else []:
-        trained[f"trained {name}"] = _training(RECIPES[name], closed, best_closed.name, seed)
+        recipe = RECIPES[name]
+        if name == "paper" and class_terms is not None:
+            recipe = replace(recipe, terms=class_terms)
+        trained[f"trained {name}"] = _training(recipe, closed, best_closed.name, seed)
     ours = [judged(name, make) for name, make in trained.items()]
     if ours:
         foremost = max(ours, key=lambda candidate: candidate.score)
@@ -178,7 +189,8 @@ def fit_bridge(
     makers = closed | trained
     if best.name in makers:
         best = replace(best, bridge=makers[best.name](pairs).eval())
-    return Fitted(best, (*made.values(), *ours, *theirs), num_heldout)
+    num_scored = len(per_identity[best.name])
+    return Fitted(best, (*made.values(), *ours, *theirs), num_heldout, num_scored)
 
 
 def train_bridge(kind: Kind, start: Bridge | None, pairs: Pairs, seed: int, terms: Terms = DEFAULT) -> Bridge:
@@ -219,7 +231,7 @@ def train_bridge(kind: Kind, start: Bridge | None, pairs: Pairs, seed: int, term
 class ClassTable:
     """Of pairs, per class: unit centres in both spaces, the cosine of its farthest target; and its images, one after another.
 
-    place_N: class of each row; images_N: rows in the order of their classes; rank_N: each row's place in its class.
+    A class of one image has no boundary: its cosine is -1, never crossed. place_N: class of each row; images_N: rows in the order of their classes; rank_N: each row's place in its class.
     """
 
     source_CD: torch.Tensor
@@ -237,6 +249,7 @@ class ClassTable:
         labels, place_N, count_C = torch.unique(pairs.label_N, return_inverse=True, return_counts=True)
         target_CE = class_centres(pairs.target_NE, place_N, len(labels))
         cos_N = (pairs.target_NE * target_CE[place_N]).sum(1)
+        farthest_C = cos_N.new_full((len(labels),), 2.0).scatter_reduce(0, place_N, cos_N, "amin")
         images_N = torch.argsort(place_N, stable=True)
         first_C = torch.cumsum(count_C, 0) - count_C
         rank_N = torch.empty_like(images_N)
@@ -244,7 +257,7 @@ class ClassTable:
         return cls(
             class_centres(pairs.source_ND, place_N, len(labels)),
             target_CE,
-            cos_N.new_full((len(labels),), 2.0).scatter_reduce(0, place_N, cos_N, "amin"),
+            farthest_C.masked_fill(count_C == 1, NEVER_CROSSED),
             place_N,
             images_N,
             rank_N,
@@ -277,7 +290,7 @@ def map_loss(
         loss = loss + terms.align * (1.0 - (centre_BE * classes.target_CE[place_B]).sum(1)).mean()
     if terms.boundary > 0.0:
         cos_B = (mapped_BE * classes.target_CE[place_B]).sum(1)
-        loss = loss + terms.boundary * (classes.cos_boundary_C[place_B] - cos_B).clamp_min(0.0).mean()
+        loss = loss + terms.boundary * outside(classes.cos_boundary_C[place_B], cos_B, terms.hinge).mean()
     if terms.contrast > 0.0:
         other_BE = pairs.target_NE[classes.another(chosen_B, draw)]
         logits_BB = mapped_BE @ other_BE.T / terms.temperature
@@ -332,10 +345,14 @@ def _matrix_bridge(matrix_ED: torch.Tensor, seed: int) -> Bridge:
 
 
 def _folds(pairs: Pairs, heldout: float, seed: int) -> list[_Fold]:
-    """Disjoint sets of identities held out, one after another."""
-    labels = torch.unique(pairs.label_N)
-    if len(labels) < 2 * _LEAST_HELDOUT:
-        raise RunError(f"{len(labels)} identities have pairs; choosing a map needs at least {2 * _LEAST_HELDOUT}")
+    """Disjoint sets of identities held out, one after another; those of one image, which judge nothing, never are."""
+    every, count_C = torch.unique(pairs.label_N, return_counts=True)
+    labels = every[count_C > 1]
+    if len(labels) < LEAST_IDENTITIES:
+        raise DataError(
+            f"{len(labels)} of {len(every)} identities have two images or more; choosing a map needs at least "
+            f"{LEAST_IDENTITIES} of these, because a photo has to find another of its person. Give more images or identities"
+        )
     size = min(max(_LEAST_HELDOUT, round(heldout * len(labels))), len(labels) - _LEAST_HELDOUT)
     number = max(1, min(-(-_ENOUGH_HELDOUT // size), _MOST_FOLDS, len(labels) // size))
     order = labels[torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))]

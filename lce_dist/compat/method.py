@@ -17,13 +17,15 @@ from lce_dist.head.layer import ShardedHead
 from lce_dist.head.softmax import Anchor
 from lce_dist.world import World
 
+BOUNDARY_KEYS = frozenset({"boundary_policy", "boundary_percentile", "slack_rad", "single_image"})
+
 
 @dataclass(frozen=True)
 class Card:
     """What a person reads before choosing: ``cost`` says in words what n identities and m images cost, and where.
 
     needs: ``centres`` (old space by class), ``batch`` (old vectors of the images in the batch), ``all`` (old
-    vectors of all training images, before training).
+    vectors of all training images, before training). keys: of ``[compat]`` that it reads, beside those of every run.
     """
 
     title: str
@@ -31,6 +33,7 @@ class Card:
     needs: frozenset[Literal["centres", "batch", "all"]]
     manners: frozenset[Manner]
     cost: str
+    keys: frozenset[str] = frozenset({"method_weight"})
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,12 @@ def load_exported_program(path: Path, content: bytes, device: torch.device) -> E
         major = program["schema_version"]["major"]
         if major != SCHEMA_MAJOR:
             raise CheckpointError(
-                f"old model {path} has export schema {major}; this release reads {SCHEMA_MAJOR} (torch 2.8 and later). "
+                f"model {path} has export schema {major}; this release reads {SCHEMA_MAJOR} (torch 2.8 and later). "
                 "Export it again with torch.export.save"
             )
         foreign = sorted(name for name in records if name.startswith("data/aotinductor/"))
         if foreign:
-            raise CheckpointError(f"old model {path} holds compiled code ({foreign[0]}); refused. Export without it")
+            raise CheckpointError(f"model {path} holds compiled code ({foreign[0]}); refused. Export without it")
         tensors: dict[str, torch.Tensor] = {}
         for folder, config in (("weights", "model_weights_config"), ("constants", "model_constants_config")):
             entries = json.loads(reader.get_record(f"data/{folder}/{config}.json"))["config"]
@@ -130,19 +130,19 @@ def load_exported_program(path: Path, content: bytes, device: torch.device) -> E
         return ExportedProgram(graph, names, tensors).to(device)
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(f"old model {path} is a damaged torch.export file ({reason}); copy it again") from None
+        raise CheckpointError(f"model {path} is a damaged torch.export file ({reason}); copy it again") from None
 
 
 def _tensor(path: Path, reader: Any, folder: str, name: str, entry: dict[str, Any]) -> torch.Tensor:
     record = entry["path_name"]
     if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", record):
         raise CheckpointError(
-            f"old model {path} stores {name!r} as a pickle or an object, not as plain numbers; refused, because "
+            f"model {path} stores {name!r} as a pickle or an object, not as plain numbers; refused, because "
             "torch.export.load would run what it holds. Export a plain network, or save its state dict"
         )
     meta = entry["tensor_meta"]
     if meta["layout"] != _STRIDED:
-        raise CheckpointError(f"old model {path}: {name!r} is not a dense tensor; export a dense network")
+        raise CheckpointError(f"model {path}: {name!r} is not a dense tensor; export a dense network")
     sizes, strides = ([size["as_int"] for size in meta[key]] for key in ("sizes", "strides"))
     content = reader.get_record(f"data/{folder}/{record}")
     if not content:
@@ -170,7 +170,7 @@ def _check_targets(path: Path, graph: dict[str, Any]) -> None:
     for node in graph["nodes"]:
         if _operator(node["target"]) is None:
             raise CheckpointError(
-                f"old model {path} calls {node['target'][:80]!r}; only aten operators that compute are run. "
+                f"model {path} calls {node['target'][:80]!r}; only aten operators that compute are run. "
                 "Export the plain network in eval mode, or use ONNX"
             )
 
@@ -183,7 +183,7 @@ def _check_mode(path: Path, graph: dict[str, Any], signature: dict[str, Any]) ->
         for item in node["inputs"]
     )
     if mutated or switched_on:
-        raise CheckpointError(f"old model {path} was exported in training mode; call eval() and export it again")
+        raise CheckpointError(f"model {path} was exported in training mode; call eval() and export it again")
 
 
 def _lifted(path: Path, signature: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -197,15 +197,15 @@ def _lifted(path: Path, signature: dict[str, Any], tensors: dict[str, torch.Tens
         elif kind in ("parameter", "buffer", "tensor_constant"):
             names[value["arg"]["name"]] = value[f"{kind}_name"]
         else:
-            raise CheckpointError(f"old model {path} takes an input of kind {kind!r}; must take one image tensor")
+            raise CheckpointError(f"model {path} takes an input of kind {kind!r}; must take one image tensor")
     if images != 1 or outputs != ["user_output"]:
         raise CheckpointError(
-            f"old model {path} takes {images} tensors and gives {len(outputs)}; must take one image tensor "
+            f"model {path} takes {images} tensors and gives {len(outputs)}; must take one image tensor "
             "(b, 3, S, S) and give one tensor (b, D)"
         )
     absent = next((name for name in names.values() if name not in tensors), None)
     if absent is not None:
-        raise CheckpointError(f"old model {path} lacks the tensor {absent!r} that its graph names; export it again")
+        raise CheckpointError(f"model {path} lacks the tensor {absent!r} that its graph names; export it again")
     return names
 
 

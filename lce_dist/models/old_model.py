@@ -1,4 +1,4 @@
-"""One door for frozen old models: any file that people have them in becomes one module over our images.
+"""One door for frozen models, old ones and new ones: any file that people have them in becomes one module over our images.
 
 Files are told apart by content, never by name. None of them can run Python code: tensors are read without
 unpickling objects, exported programs as data, and TorchScript and ONNX have interpreters of their own.
@@ -34,7 +34,7 @@ _SAME_COS = 0.999
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile:
-    """Where an old model lies. ``net`` and ``embedding_dim`` build the network for a file that holds tensors only."""
+    """Where a model lies. ``net`` and ``embedding_dim`` build the network for a file that holds tensors only."""
 
     path: Path
     net: str | None = None
@@ -87,13 +87,15 @@ def freeze_net(net: nn.Module, name: str, embedding_dim: int, input_spec: InputS
 
 
 def open_model(file: ModelFile, image_size: int, device: torch.device) -> FrozenModel:
-    """The old model in ``file`` on ``device``, for our images of ``image_size`` pixels a side.
+    """The model in ``file`` on ``device``, for our images of ``image_size`` pixels a side.
 
     It is run on two images, so what cannot work fails here. **Memory**: the file, once, while it is read.
     Errors: CheckpointError for a file that is absent, damaged, holds code, or does not give (b, D); ConfigError for
     settings that do not fit the file; SetupError for ONNX without onnxruntime.
     """
     path, size = file.path, file.input.size or image_size
+    if file.input.size == image_size:  # said or not, it is the same model
+        file = dataclasses.replace(file, input=dataclasses.replace(file.input, size=None))
     kind = model_kind(path)
     if kind == "tensors":
         return _open_tensors(file, size, device)
@@ -120,7 +122,7 @@ def open_model(file: ModelFile, image_size: int, device: torch.device) -> Frozen
 def model_kind(path: Path) -> Kind:
     """What ``path`` holds, by its content. Errors: CheckpointError for what none of the readers reads."""
     if not path.is_file():
-        raise CheckpointError(f"old model {path} is not a file; name a .safetensors, .pt, .pth, .pt2 or .onnx file")
+        raise CheckpointError(f"model {path} is not a file; name a .safetensors, .pt, .pth, .pt2 or .onnx file")
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"PK"):
@@ -130,7 +132,7 @@ def model_kind(path: Path) -> Kind:
     if looks_like_onnx(path.read_bytes()):
         return "onnx"
     raise CheckpointError(
-        f"old model {path} is damaged or of no known kind; must be safetensors, a torch state dict, TorchScript, "
+        f"model {path} is damaged or of no known kind; must be safetensors, a torch state dict, TorchScript, "
         "torch.export or ONNX. Copy it again or export it as ONNX"
     )
 
@@ -140,12 +142,12 @@ def _zip_kind(path: Path) -> Kind:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] or name for name in archive.namelist()}
     except (zipfile.BadZipFile, OSError, ValueError):
-        raise CheckpointError(f"old model {path} is damaged: a zip without its end; copy it again") from None
+        raise CheckpointError(f"model {path} is damaged: a zip without its end; copy it again") from None
     if "models/model.json" in names:
         return "exported"
     if "serialized_exported_program.json" in names:
         raise CheckpointError(
-            f"old model {path} was exported by torch before 2.8, whose format can hold code; refused. "
+            f"model {path} was exported by torch before 2.8, whose format can hold code; refused. "
             "Export it again with torch.export.save"
         )
     if "constants.pkl" in names and any(name.startswith("code/") for name in names):
@@ -153,7 +155,7 @@ def _zip_kind(path: Path) -> Kind:
     if "data.pkl" in names:
         return "tensors"
     raise CheckpointError(
-        f"old model {path} is a zip of no known kind; must be a torch state dict, TorchScript or torch.export. "
+        f"model {path} is a zip of no known kind; must be a torch state dict, TorchScript or torch.export. "
         "Name the file itself, not an archive that holds it"
     )
 
@@ -193,12 +195,12 @@ def _as_declared(path: Path, network: ExportedProgram | OnnxModel, size: int) ->
     if not fits or not network.input_dtype.is_floating_point:
         shown = " x ".join("any" if side is None else str(side) for side in shape)
         raise CheckpointError(
-            f"old model {path} takes {shown} of {network.input_dtype}; must take floats (b, 3, S, S). "
+            f"model {path} takes {shown} of {network.input_dtype}; must take floats (b, 3, S, S). "
             "Export it with channels first"
         )
     if any(side not in (size, None) for side in shape[2:]):
         raise ConfigError(
-            f"old model {path} takes images of {shape[2]} x {shape[3]} pixels; they would come with {size} x {size}. "
+            f"model {path} takes images of {shape[2]} x {shape[3]} pixels; they would come with {size} x {size}. "
             f"Set input.size to {shape[2]}"
         )
     return network if shape[0] is None else _InPieces(network, shape[0])
@@ -210,7 +212,7 @@ def _try_out(path: Path, network: nn.Module, size: int, device: torch.device) ->
     alone = _run(path, network, black)
     if not torch.allclose(alone, _run(path, network, black), rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
         raise CheckpointError(
-            f"old model {path} gives one image two different vectors: it was exported in training mode. "
+            f"model {path} gives one image two different vectors: it was exported in training mode. "
             "Call eval() and export it again"
         )
     grey = torch.linspace(-1.0, 1.0, size, device=device).expand(1, 3, size, size)
@@ -233,12 +235,12 @@ def _run(path: Path, network: nn.Module, images: torch.Tensor, rows: int = 1) ->
     if not isinstance(vectors, torch.Tensor) or vectors.ndim != 2 or vectors.shape[0] != rows or vectors.shape[1] == 0:
         found = tuple(vectors.shape) if isinstance(vectors, torch.Tensor) else type(vectors).__name__
         raise CheckpointError(
-            f"old model {path} gives {found} for images {shown}; must be one tensor ({rows}, D). "
+            f"model {path} gives {found} for images {shown}; must be one tensor ({rows}, D). "
             "Export the part of it that ends in the embedding"
         )
     if not vectors.is_floating_point() or not vectors.isfinite().all():
         raise CheckpointError(
-            f"old model {path} gives {vectors.dtype} with values that are not finite or no floats for a black image; "
+            f"model {path} gives {vectors.dtype} with values that are not finite or no floats for a black image; "
             "check input.mean and input.std, or export it again"
         )
     return vectors.float()
@@ -251,6 +253,6 @@ def _answer(path: Path, network: Callable[[torch.Tensor], object], images: torch
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         reason = lines[-1][:200] if lines else type(error).__name__
         raise CheckpointError(
-            f"old model {path} fails on images {shown} ({reason}); must take (b, 3, S, S). "
+            f"model {path} fails on images {shown} ({reason}); must take (b, 3, S, S). "
             "Set input.size to the size that it was trained with"
         ) from None

@@ -79,9 +79,7 @@ def load_onnx(path: Path, content: bytes, device: torch.device) -> OnnxModel:
     try:
         import onnxruntime
     except ImportError:
-        raise SetupError(
-            f"old model {path} is ONNX, and onnxruntime is not installed; pip install onnxruntime"
-        ) from None
+        raise SetupError(f"model {path} is ONNX, and onnxruntime is not installed; pip install onnxruntime") from None
     external = _external_files(path, content)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -94,18 +92,18 @@ def load_onnx(path: Path, content: bytes, device: torch.device) -> OnnxModel:
         session = onnxruntime.InferenceSession(str(path) if external else content, options, providers=providers)
     except Exception as error:  # noqa: BLE001 - onnxruntime's exceptions share no other base
         reason = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(f"old model {path} is ONNX that onnxruntime refuses ({reason})") from None
+        raise CheckpointError(f"model {path} is ONNX that onnxruntime refuses ({reason})") from None
     if device.type == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        _LOG.warning("old model %s runs on the CPU: this onnxruntime has no CUDA; pip install onnxruntime-gpu", path)
+        _LOG.warning("model %s runs on the CPU: this onnxruntime has no CUDA; pip install onnxruntime-gpu", path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise CheckpointError(
-            f"old model {path} takes {len(inputs)} tensors and gives {len(outputs)}; must take one image tensor "
+            f"model {path} takes {len(inputs)} tensors and gives {len(outputs)}; must take one image tensor "
             "(b, 3, S, S) and give one tensor (b, D). Cut the graph with onnx.utils.extract_model"
         )
     if inputs[0].type not in _DTYPES:
         raise CheckpointError(
-            f"old model {path} takes {inputs[0].type}; must take floats ({', '.join(_DTYPES)}), because the "
+            f"model {path} takes {inputs[0].type}; must take floats ({', '.join(_DTYPES)}), because the "
             "preprocessing gives floats. Put a Cast in front of the graph"
         )
     return OnnxModel(session, _DTYPES[inputs[0].type])
@@ -116,17 +114,17 @@ def _external_files(path: Path, content: bytes) -> list[str]:
     try:
         names = sorted({bytes(name).decode() for name in _locations(memoryview(content), "model", 0)})
     except ValueError as error:
-        raise CheckpointError(f"old model {path} is damaged ONNX ({error}); copy it again") from None
+        raise CheckpointError(f"model {path} is damaged ONNX ({error}); copy it again") from None
     for name in names:
         if name in ("", ".", "..") or set("/\\\0*") & set(name):
             raise CheckpointError(
-                f"old model {path} wants weights from {name[:80]!r}; must be the name of a file in its own folder. "
+                f"model {path} wants weights from {name[:80]!r}; must be the name of a file in its own folder. "
                 "Save it again with onnx.save_model(..., location='weights.bin')"
             )
         weights = path.parent / name
         if weights.is_symlink() or not weights.is_file():
             raise CheckpointError(
-                f"old model {path} wants weights from {name!r}, which is not a plain file beside it; copy it there"
+                f"model {path} wants weights from {name!r}, which is not a plain file beside it; copy it there"
             )
     return names
 

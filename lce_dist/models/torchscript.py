@@ -37,7 +37,7 @@ def load_torchscript(path: Path, content: bytes, device: torch.device) -> nn.Mod
         reader: Any = torch._C.PyTorchFileReader(io.BytesIO(content))  # the reader that torch.jit.load uses
         names = reader.get_all_records()
         if len({name.lower() for name in names}) != len(names):
-            raise CheckpointError(f"old model {path} holds two records of one name; refused. Export it again")
+            raise CheckpointError(f"model {path} holds two records of one name; refused. Export it again")
         for name in names:
             if name.endswith(".py"):
                 _check_code(path, reader.get_record(name))
@@ -48,7 +48,7 @@ def load_torchscript(path: Path, content: bytes, device: torch.device) -> nn.Mod
             network: nn.Module = torch.jit.load(io.BytesIO(content), map_location=device)
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
-        raise CheckpointError(f"old model {path} is damaged TorchScript ({reason}); copy it again") from None
+        raise CheckpointError(f"model {path} is damaged TorchScript ({reason}); copy it again") from None
     return network.eval()
 
 
@@ -56,7 +56,7 @@ def _check_code(path: Path, code: bytes) -> None:
     found = _REACHING_OUT.search(code)
     if found is not None:
         raise CheckpointError(
-            f"old model {path} is TorchScript that names {found[0].decode(errors='replace')!r}; refused, because "
+            f"model {path} is TorchScript that names {found[0].decode(errors='replace')!r}; refused, because "
             "such operators can reach files and other machines. Export it as ONNX or save its state dict"
         )
 
@@ -73,6 +73,6 @@ def _check_pickle(path: Path, content: bytes) -> None:
             strings.append(value)
         if name is not None and (not _PLAIN_TYPES.match(name) or "classes" in name.split(".")):
             raise CheckpointError(
-                f"old model {path} is TorchScript that holds code ({name}) beside its tensors; refused, because "
+                f"model {path} is TorchScript that holds code ({name}) beside its tensors; refused, because "
                 "loading it could run it. Export it again, or save its state dict"
             )

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from launch.bridge_cli import add_bridge_commands
+from launch.cli import main
 from launch.vector_files import Block, open_vectors, write_vectors
 from lce_dist.compat.artefact import read_bridge, read_card, save_bridge
 from lce_dist.compat.bridges import build_bridge
-from lce_dist.errors import CheckpointError, ConfigError, DataError, RunError
+from lce_dist.errors import CheckpointError, ConfigError, DataError
 from lce_dist.models.stored_vectors import StoredVectors
 
 
@@ -101,7 +102,7 @@ def test_apply_refuses_what_does_not_fit(tmp_path, bridge):
         lce("apply", bridge, narrow, "--out", tmp_path / "out.npz")
     good = stored(tmp_path / "good.npz", ["a"], some_rows(1, 6, 1))
     (tmp_path / "out.npz").write_text("mine")
-    with pytest.raises(RunError, match="is not overwritten"):
+    with pytest.raises(ConfigError, match="is not overwritten"):
         lce("apply", bridge, good, "--out", tmp_path / "out.npz")
     with pytest.raises(DataError, match=r"end in '\.csv'"):
         lce("apply", bridge, good, "--out", tmp_path / "out.csv")
@@ -180,7 +181,7 @@ def test_fit_matches_rows_by_key_and_show_prints_the_table(tmp_path, capsys):
     assert "new_to_old, 8 to 6 values, linear" in shown and shown.count("tar_at_far_0.01") == 8
     assert "<- chosen" in shown and "0001.jpg" not in shown and "person" not in shown
     lce("apply", out, new, "--out", tmp_path / "mapped.parquet")
-    with pytest.raises(RunError, match="is not overwritten"):
+    with pytest.raises(ConfigError, match="is not overwritten"):
         lce("fit", *words, "--direction", "new_to_old")
 
 
@@ -213,8 +214,30 @@ def test_fit_refuses_files_that_do_not_belong_together(tmp_path):
     with pytest.raises(DataError, match="the key of row 2 stands there before"):
         lce(*words, twice)
     few = stored(tmp_path / "few.npz", [f"{n:04}.jpg" for n in range(12)], some_rows(12, 6, 1))
-    with pytest.raises(RunError, match="3 identities have pairs"):
+    with pytest.raises(DataError, match=r"3 of 3 identities have two images or more; .* at least 16"):
         lce(*words, few)
+    alone = stored(tmp_path / "alone.npz", [f"{n:04}.jpg" for n in range(0, 160, 4)], some_rows(40, 6, 1))
+    with pytest.raises(DataError, match="0 of 40 identities have two images or more"):
+        lce(*words, alone)
+
+
+def test_what_a_person_can_mend_is_exit_code_2(tmp_path, capsys):
+    new, old, _, _ = two_models(tmp_path, people=5)
+    words = [
+        "bridge",
+        "fit",
+        "--new-vectors",
+        str(new),
+        "--old-vectors",
+        str(old),
+        "--direction",
+        "new_to_old",
+        "--out",
+    ]
+    assert main([*words, str(tmp_path / "map")]) == 2
+    assert main([*words, str(tmp_path)]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "5 of 5 identities have two images" in told[0] and "is not overwritten" in told[1]
 
 
 def open_one(path: Path) -> np.ndarray:

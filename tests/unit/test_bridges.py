@@ -13,14 +13,14 @@ from lce_dist.compat.artefact import card_of, map_rows, read_bridge, read_card, 
 from lce_dist.compat.bridges import build_bridge
 from lce_dist.compat.closed_form import PairSums, class_centres, least_squares, procrustes
 from lce_dist.compat.fit import RECIPES, ClassTable, Pairs, Terms, fit_bridge, map_loss, train_bridge
-from lce_dist.compat.rotation import RotatedNet, rotate_to_old
-from lce_dist.errors import CheckpointError, ConfigError, RunError
+from lce_dist.compat.rotation import fold_rotation
+from lce_dist.errors import CheckpointError, ConfigError, DataError, RunError
 from lce_dist.evaluation.by_identity import tar_by_identity
 from lce_dist.evaluation.metrics import EmbeddingSet, compare
 from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import load_weights, save_weights
 
-KINDS = ("stacked", "linear", "mlp", "orthogonal")
+KINDS = ("stacked", "linear", "mlp", "orthogonal")  # that begin as any matrix
 
 
 def rotation(dim: int, seed: int) -> torch.Tensor:
@@ -171,8 +171,95 @@ def test_fitting_repeats_bit_for_bit_and_needs_identities():
     first, second = (train_bridge("stacked", start, pairs, seed=4) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     few = pairs.of(pairs.label_N < 15)
-    with pytest.raises(RunError, match="15 identities have pairs"):
+    with pytest.raises(DataError, match="15 of 15 identities have two images or more"):
         fit_bridge(few, score, "auto", 0.2, 1)
+
+
+def test_identities_of_one_image_are_fitted_to_and_never_held_out():
+    pairs = curved_pairs(32, 4, 8, 0.3)
+    alone = Pairs(unit(30, 8, 1), unit(30, 8, 2), torch.arange(100, 130))
+    both = Pairs(
+        torch.cat([pairs.source_ND, alone.source_ND]),
+        torch.cat([pairs.target_NE, alone.target_NE]),
+        torch.cat([pairs.label_N, alone.label_N]),
+    )
+    fitted = fit_bridge(both, score, "procrustes", 0.25, 1)
+    assert (fitted.num_heldout_identities, fitted.num_scored_identities) == (32, 32)
+
+
+def test_more_rows_than_fit_are_drawn_by_identity_and_counted(monkeypatch):
+    monkeypatch.setattr("lce_dist.evaluation.by_identity._MOST_ROWS", 60)
+    pairs = curved_pairs(40, 4, 8, 0.3)
+    rows = (pairs.source_ND, pairs.target_NE, pairs.label_N)
+    tar_I = tar_by_identity(*rows, 1e-2)
+    assert len(tar_I) == 15  # of 4 images each
+    assert torch.equal(tar_I, tar_by_identity(*rows, 1e-2))
+    reordered = torch.arange(159, -1, -1)  # not the first rows: the same identities in any order
+    again_I = tar_by_identity(*(column[reordered] for column in rows), 1e-2)
+    assert torch.equal(tar_I, again_I)
+    monkeypatch.setattr("lce_dist.evaluation.by_identity._MOST_ROWS", 6)
+    assert len(tar_by_identity(*rows, 1e-2)) == 2  # three images of two
+    monkeypatch.setattr("lce_dist.evaluation.by_identity._MOST_ROWS", 60)
+    fitted = fit_bridge(pairs, score, "procrustes", 0.5, 1)
+    card = card_of(fitted, "old_to_new", 1e-2, {})
+    assert card["heldout_identities"] == 40 and card["scored_identities"] == fitted.num_scored_identities < 40
+
+
+@pytest.mark.parametrize(("dim_in", "dim_out"), [(6, 6), (6, 4), (4, 6)])
+def test_the_papers_blocks_have_the_identity_on_their_skips(dim_in, dim_out):
+    """Figure 3 by hand: x + sum of four paths, four times; one projection, and only where dimensions differ."""
+    bridge = build_bridge("paper", dim_in, dim_out, seed=3)
+    sizes = [(16 * wide + 16 * 16 + dim_out * 16) * 4 for wide in (dim_in, dim_out, dim_out, dim_out)]
+    matrices = sum(p.numel() for p in bridge.parameters() if p.ndim == 2)
+    assert matrices == sum(sizes) + (0 if dim_in == dim_out else dim_in * dim_out)
+    x = unit(16, dim_in, 4)
+    eye = torch.eye(6)[:dim_out, :dim_in]
+    torch.testing.assert_close(bridge(x), x @ eye.T)
+    draw = torch.Generator().manual_seed(5)
+    for name, tensor in bridge.state_dict().items():
+        if name.endswith(("running_mean", "bias")):
+            tensor.normal_(0.0, 0.3, generator=draw)
+        elif ".layers." in name and tensor.ndim == 1 and tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5, generator=draw)
+    bridge.eval()
+    state = {name: tensor.double().numpy() for name, tensor in bridge.state_dict().items()}
+    value = x.double().numpy()
+    for number, block in enumerate(("residual", "further.0", "further.1", "further.2")):
+        total = value if number or dim_in == dim_out else value @ state["matrix.weight"].T
+        for path in range(4):
+            rows = value
+            for layer in (0, 3, 6):
+                at = f"{block}.paths.{path}.layers."
+                rows = rows @ state[f"{at}{layer}.weight"].T
+                spread = np.sqrt(state[f"{at}{layer + 1}.running_var"] + 1e-5)
+                rows = (rows - state[f"{at}{layer + 1}.running_mean"]) / spread * state[f"{at}{layer + 1}.weight"]
+                rows = rows + state[f"{at}{layer + 1}.bias"]
+                rows = np.where(rows > 0, rows, state[f"{at}{layer + 2}.weight"] * rows)
+            total = total + rows
+        value = total
+    with torch.no_grad():
+        np.testing.assert_allclose(bridge(x).numpy(), value, rtol=1e-4, atol=1e-4)
+    if dim_in == dim_out:
+        with pytest.raises(ValueError, match="begins as the identity"):
+            bridge.start_from(2 * torch.eye(6))
+
+
+def test_class_terms_given_to_the_papers_map_are_those_it_is_trained_by(monkeypatch):
+    seen: list[Terms] = []
+
+    def told(kind, start, pairs, seed, terms):
+        seen.append(terms)
+        return train_bridge(kind, start, pairs, seed, terms)
+
+    monkeypatch.setattr("lce_dist.compat.fit.train_bridge", told)
+    monkeypatch.setattr("lce_dist.compat.fit._MOST_STEPS", 4)
+    pairs, terms = curved_pairs(16, 4, 6, 0.3), Terms(align=0.5, boundary=3.0, hinge="angle")
+    first = fit_bridge(pairs, score, "paper", 0.5, 1, class_terms=terms).chosen
+    second = fit_bridge(pairs, score, "paper", 0.5, 1).chosen
+    assert seen[0] == terms and seen[-1] == RECIPES["paper"].terms
+    assert first.bridge.kind == "paper" and not torch.equal(
+        first.bridge(pairs.source_ND), second.bridge(pairs.source_ND)
+    )
 
 
 def test_tar_by_identity_is_the_matrix_tar_when_identities_have_equal_pairs():
@@ -202,7 +289,8 @@ def test_too_few_pairs_without_a_ridge_are_refused():
         procrustes(PairSums.of(torch.zeros(0, 3), torch.zeros(0, 3)))
 
 
-def test_the_loss_equals_a_slow_one_in_float64():
+@pytest.mark.parametrize("hinge", ["cos", "angle"])
+def test_the_loss_equals_a_slow_one_in_float64(hinge):
     pairs = curved_pairs(6, 3, 5, 0.5)
     pairs = pairs.of(torch.arange(17))  # the last identity has two images
     bridge = build_bridge("mlp", 5, 5, 1).double()
@@ -210,7 +298,7 @@ def test_the_loss_equals_a_slow_one_in_float64():
     double = Pairs(pairs.source_ND.double(), pairs.target_NE.double(), pairs.label_N)
     classes = ClassTable.of(double)
     chosen = torch.tensor([0, 1, 5, 9, 16, 12])
-    terms = Terms(pair=3.0, contrast=0.7, align=2.0, boundary=1.5, temperature=0.1)
+    terms = Terms(pair=3.0, contrast=0.7, align=2.0, boundary=1.5, temperature=0.1, hinge=hinge)
     with torch.no_grad():
         found = map_loss(bridge, double, classes, chosen, terms, torch.Generator().manual_seed(4)).item()
         partner = classes.another(chosen, torch.Generator().manual_seed(4)).tolist()
@@ -237,7 +325,10 @@ def test_the_loss_equals_a_slow_one_in_float64():
         target = centre(y, i)
         bound = min(y[k] @ target for k in range(17) if label[k] == label[i])
         truth += 3.0 * (1 - turned(x[i]) @ y[i]) + 2.0 * (1 - turned(centre(x, i)) @ target)
-        truth += 1.5 * max(0.0, bound - turned(x[i]) @ target)
+        outside = (
+            np.arccos(turned(x[i]) @ target) - np.arccos(bound) if hinge == "angle" else bound - turned(x[i]) @ target
+        )
+        truth += 1.5 * max(0.0, outside)
         for row in (logits[a], logits[:, a]):
             truth += 0.7 * 0.5 * (np.log(np.exp(row).sum()) - row[a])
     assert found == pytest.approx(truth / 6, rel=1e-9)
@@ -249,25 +340,37 @@ def test_an_identity_of_one_image_is_its_own_partner():
     assert partner.tolist() == [1, 0, 2, 3]
 
 
-def test_a_rotated_net_keeps_new_against_new_and_comes_back(tmp_path: Path):
+@pytest.mark.parametrize("name", ["tiny8", "mobilefacenet", "iresnet18"])
+def test_a_rotation_becomes_part_of_a_net_and_the_net_stays_what_it_is(name, tmp_path: Path):
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    net = build_net("tiny8", 8, 32, seed=1).eval()
+    net = build_net(name, 8, 32, seed=1).eval()
+    draw = torch.Generator().manual_seed(2)
+    for key, tensor in net.state_dict().items():  # as after training: no part of the end is trivial
+        if key.endswith("running_var"):
+            tensor.uniform_(0.3, 3.0, generator=draw)
+        elif key.endswith(("running_mean", "bias")) or (name == "mobilefacenet" and key == "features.layers.3.weight"):
+            tensor.normal_(0.5, 0.3, generator=draw)
+    turn = rotation(8, 4)
     with torch.no_grad():
-        new = net(images)
-        old = new @ rotation(8, 4).float().T
-        turned = rotate_to_old(net, PairSums.of(new, old)).eval()
-        torch.testing.assert_close(turned(images), old, atol=1e-4, rtol=1e-4)
-        before, after = (F.normalize(rows) for rows in (new, turned(images)))
-        torch.testing.assert_close(after @ after.T, before @ before.T, atol=1e-5, rtol=0)
-        save_weights(turned, tmp_path / "model.safetensors", {})
-        again = RotatedNet(build_net("tiny8", 8, 32, seed=2), torch.eye(8)).eval()
+        before = net(images)
+        fold_rotation(net, turn)
+        save_weights(net, tmp_path / "model.safetensors", {})
+        again = build_net(name, 8, 32, seed=2).eval()
         load_weights(again, tmp_path / "model.safetensors")
-        assert torch.equal(again(images), turned(images))
-    with pytest.raises(ConfigError, match="the new model has 8 dimensions and the old one 6"):
-        rotate_to_old(net, PairSums.of(new, unit(6, 6, 1)))
+        expected = before.double() @ turn.T
+        scale = float(expected.abs().max())
+        assert float((again(images) - expected).abs().max()) < 2e-5 * scale
+        assert float((before - expected).abs().max()) > 0.1 * scale  # the comparison can fail
+        units = [F.normalize(rows.double()) for rows in (before, again(images))]
+        torch.testing.assert_close(units[1] @ units[1].T, units[0] @ units[0].T, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_net_that_ends_in_something_else_takes_no_rotation():
+    with pytest.raises(ConfigError, match=r"TinyNet ends in Linear and GroupNorm, must end in Linear and BatchNorm1d"):
+        fold_rotation(build_net("tiny8-gn", 8, 32, seed=1), torch.eye(8))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "paper"])
 def test_a_stored_bridge_comes_back_bit_for_bit(kind, tmp_path: Path):
     pairs = curved_pairs(20, 4, 6, 0.5)
     pairs = Pairs(pairs.source_ND, pairs.target_NE[:, :4], pairs.label_N)

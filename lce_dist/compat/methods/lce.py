@@ -18,7 +18,7 @@ from torch import nn
 from lce_dist.collectives import gather_rows, sum_over_ranks
 from lce_dist.compat.bridges import build_bridge, mapped
 from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
-from lce_dist.compat.method import Card, Method, MethodBatch, RowTerms
+from lce_dist.compat.method import BOUNDARY_KEYS, Card, Method, MethodBatch, RowTerms
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.compat.transformed import rotating_subset, transformed_alignment
 from lce_dist.config import CompatConfig, Manner
@@ -39,6 +39,7 @@ class Lce(Method):
         frozenset({"direct", "backward", "forward"}),
         "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks; nothing a image. Direct: inside the head's own "
         "passes. With maps: two maps of at most 1,024 classes a step, and forward the old vectors of the batch",
+        BOUNDARY_KEYS | {"align_weight", "boundary_weight", "boundary", "seen_only", "align_share"},
     )
 
     def __init__(
