@@ -25,7 +25,7 @@ _MOST_PAIRS = 200_000  # whole identities are drawn from more; more do not chang
 
 
 def add_bridge_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``bridge show | apply | fit`` to the commands of ``lce``."""
+    """Add ``bridge show | apply | fit | export`` to the commands of ``lce``."""
     raw = argparse.RawDescriptionHelpFormatter
     bridge = commands.add_parser("bridge", help="look at, apply and fit a map between two models' vectors")
     actions = bridge.add_subparsers(required=True, metavar="ACTION")
@@ -81,6 +81,23 @@ def add_bridge_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     fit.add_argument("--far", type=float, default=1e-2, help="at which maps are compared (default: 0.01)")
     fit.add_argument("--seed", type=int, default=1, help="of the held-out identities and the training (default: 1)")
     fit.set_defaults(run=_fit)
+
+    export = actions.add_parser(
+        "export",
+        help="write a map for a server that does not have this package",
+        description="A map alone takes vectors of any length and gives unit vectors. With --with RUN/new, of a map from new to old,\n"
+        "the file takes images and gives vectors in the old space: the backward manner as one model.",
+        epilog="examples:\n  lce bridge export runs/quickstart/bridge --format onnx --out map.onnx\n"
+        "  lce bridge export runs/quickstart/bridge --with runs/quickstart/new --format onnx --out query.onnx",
+        formatter_class=raw,
+    )
+    export.add_argument("bridge", type=Path, metavar="BRIDGE", help=_BRIDGE)
+    export.add_argument("--format", choices=("onnx", "torchscript", "safetensors"), required=True)
+    export.add_argument(
+        "--with", type=Path, dest="model", metavar="RUN/new", help="put this new model in front of the map"
+    )
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new file")
+    export.set_defaults(run=_export)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -138,6 +155,14 @@ def _apply(arguments: argparse.Namespace) -> None:
 
         write_vectors(arguments.out, bridge.dim_out, file.num_rows, mapped(), ends)
     print(f"{arguments.out}: {file.num_rows:,} unit vectors of {bridge.dim_out} values")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from launch.bridge_export import export_bridge
+
+    _refuse_existing(arguments.out)
+    told = export_bridge(arguments.bridge, arguments.model, arguments.format, arguments.out)
+    print(f"{arguments.out}: {told}")
 
 
 def _fit(arguments: argparse.Namespace) -> None:
