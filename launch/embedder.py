@@ -117,11 +117,8 @@ def _of_folder(path: Path, device: torch.device) -> Embedder:
         with safe_open(weights, "pt") as file:
             card = file.metadata() or {}
         net, dim, size = card["net"], int(card["embedding_dim"]), int(card["image_size"])
-        said = {
-            key: tuple(one) if isinstance(one, list) else one
-            for key, one in json.loads(card.get("input", "{}")).items()
-        }
-        seen = InputSpec(**said)
+        said: dict[str, Any] = json.loads(card.get("input", "{}"))
+        seen = InputSpec(**{key: tuple(one) if isinstance(one, list) else one for key, one in said.items()})
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} holds no {_WEIGHTS}; name a stage of a run (RUN_DIR/NAME/new), or a model file"

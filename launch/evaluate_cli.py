@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.destinations import check_destination, write_whole
 from launch.upgrade_cli import add_upgrade_action
 from lce_dist.errors import ConfigError, DataError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # heavy imports wait until a command needs them
     Ints = npt.NDArray[np.int64]
 
 _FILES = ".parquet (key, vector), .npz (keys, vectors), or .npy with NAME.keys.txt beside it"
+_FEW = 10  # false accepts: a threshold of fewer moves by a third when the images are others
 _BRIDGE_SIDE = {"new_to_old": "query", "old_to_new": "gallery"}
 
 
@@ -117,6 +119,12 @@ def add_evaluate_commands(commands: argparse._SubParsersAction[argparse.Argument
         formatter_class=raw,
     )
     _add_fars(everything, "--far", (1e-4, 1e-3, 1e-2))
+    everything.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto (default): a GPU if there is one, else all cores",
+    )
     _add_common(everything, _all_pairs, keep=False)
 
     add_upgrade_action(actions)
@@ -140,6 +148,12 @@ def _add_common(parser: argparse.ArgumentParser, run: Any, keep: bool) -> None:
         "--map",
         choices=("query", "gallery"),
         help="what goes through it (default: query if it leads to the old model, else gallery)",
+    )
+    parser.add_argument(
+        "--card",
+        type=Path,
+        metavar="FILE",
+        help="report.json or card.json of the query model: which space it was trained for",
     )
     more = "; keep: longer ones weigh more in a template" if keep else ""
     parser.add_argument(
@@ -281,7 +295,8 @@ def _identify(arguments: argparse.Namespace) -> None:
         ("identities enrolled", f"{found.num_identities:,}"),
     ]
     for fpir, tpir, threshold in zip(arguments.fpir, tpir_F, threshold_F, strict=True):
-        rows.append((f"TPIR at FPIR {far_key(fpir)}", f"{tpir:.5f} (threshold {threshold:.5f})"))
+        few = _few(fpir, found.num_nonmated, "non-mated probe")
+        rows.append((f"TPIR at FPIR {far_key(fpir)}", f"{tpir:.5f} (threshold {threshold:.5f}{few})"))
     ranks = {str(k): found.rank_rate(k) for k in arguments.rank}
     rows += [(f"rank-{k}", f"{rate:.5f}") for k, rate in ranks.items()]
     keys = [far_key(fpir) for fpir in arguments.fpir]
@@ -307,7 +322,7 @@ def _retrieve(arguments: argparse.Namespace) -> None:
         raise ConfigError("--query-list and --gallery-list go together; give both, or none")
     sides = _load(arguments)
     if arguments.query_list is None:
-        query, gallery = _all_rows(sides, _identities(sides))
+        query, gallery = _all_rows(sides, _identities(sides, junk="-1"))
         cameras: tuple[Ints | None, Ints | None] = (None, None)
         title = "retrieval"
     else:
@@ -335,21 +350,38 @@ def _retrieve(arguments: argparse.Namespace) -> None:
 
 
 def _all_pairs(arguments: argparse.Namespace) -> None:
+    import torch
+
     from lce_dist.evaluation.metrics import compare
     from lce_dist.evaluation.protocol_figures import verification_curves
+    from lce_dist.world import World
 
     _check(arguments, arguments.far)
+    has_gpu = torch.cuda.is_available()
+    if arguments.device == "cuda" and not has_gpu:
+        raise ConfigError("--device is cuda and PyTorch sees no GPU here; leave it out, or say cpu")
+    device = torch.device("cuda" if has_gpu and arguments.device != "cpu" else "cpu")
     sides = _load(arguments)
-    found = compare(*_all_rows(sides, _identities(sides)), arguments.far)
+    found = compare(*_all_rows(sides, _identities(sides)), arguments.far, World(device=device))
     rows = [("genuine pairs", f"{found.num_genuine:,}"), ("impostor pairs", f"{found.num_impostor:,}")]
     for key, tar in found.tar_at_far.items():
-        rows.append((f"TAR at FAR {key}", f"{tar:.5f} (threshold {found.threshold_at_far[key]:.5f})"))
+        few = _few(float(key), found.num_impostor, "impostor")
+        rows.append((f"TAR at FAR {key}", f"{tar:.5f} (threshold {found.threshold_at_far[key]:.5f}{few})"))
+    rows.append(("TAR moved by rounding, at most", f"{max(found.tar_error.values()):.1e}"))
+    for key in found.coarse_at():
+        sys.stderr.write(
+            f"warning: at FAR {key} scores lie so close together that rounding them may move TAR by {found.tar_error[key]:.2g} and FAR by "
+            f"{found.far_error[key]:.2g}; take the common direction out of the vectors\n"
+        )
     rows.append(("rank-1", f"{found.rank1:.5f} of {found.num_ranked:,} queries"))
     numbers = {
         "num_genuine": found.num_genuine,
         "num_impostor": found.num_impostor,
         "tar_at_far": found.tar_at_far,
         "threshold_at_far": found.threshold_at_far,
+        "tar_error_at_far": dict(found.tar_error),
+        "far_error_at_far": dict(found.far_error),
+        "exact_up_to_far": found.exact_up_to_far,
         "rank1": found.rank1,
         "num_ranked": found.num_ranked,
     }
@@ -384,6 +416,10 @@ def _check(
         raise ConfigError("--lengths is 'keep' with --bridge; must be unit or normalise, as a map gives unit vectors")
     if arguments.plot is not None and arguments.plot.suffix != ".png":
         raise ConfigError(f"--plot is {arguments.plot}; must end in .png")
+    for name in ("json", "plot"):
+        given = getattr(arguments, name)
+        if given not in (None, "-"):
+            check_destination(f"--{name}", given)
 
 
 def _load(arguments: argparse.Namespace) -> _Sides:
@@ -419,7 +455,40 @@ def _load(arguments: argparse.Namespace) -> _Sides:
         )
     sides = _Sides(query, gallery)
     check_identities(sides.query, sides.gallery)
+    if bridge is None:
+        _warn_of_spaces(sides, _parent_space(arguments.card, query))
     return sides
+
+
+def _parent_space(card: Path | None, query: LoadedVectors) -> str | None:
+    """The space that the query model was trained to be comparable with. Errors: ConfigError for no card, or another model's."""
+    if card is None:
+        return None
+    try:
+        said = json.loads(card.read_text(encoding="utf-8"))
+        space, parent = said["space"], said["parent_space"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--card {card} does not tell space and parent_space ({type(error).__name__}); name a run's report.json, or the "
+            "card.json of a registered version"
+        ) from None
+    if query.space not in (None, space):
+        raise ConfigError(
+            f"--card {card} is of space {space!r}, the query's vectors are of {query.space!r}; give that model's"
+        )
+    return None if parent is None else str(parent)
+
+
+def _warn_of_spaces(sides: _Sides, parent: str | None) -> None:
+    """Say so where two files are of two spaces and nothing here connects them."""
+    query, gallery = sides.query.space, sides.gallery.space
+    if query != gallery and None not in (query, gallery):
+        sys.stderr.write(f"spaces: query {query}, gallery {gallery}\n")
+        if parent != gallery:
+            sys.stderr.write(
+                "warning: vectors of two spaces are compared as they are; what comes out means something only if the query "
+                "model was trained to be comparable with the gallery's: --card names its card, --bridge a map\n"
+            )
 
 
 def _all_rows(sides: _Sides, labels: tuple[Ints, Ints] | None = None) -> tuple[EmbeddingSet, EmbeddingSet]:
@@ -437,8 +506,11 @@ def _all_rows(sides: _Sides, labels: tuple[Ints, Ints] | None = None) -> tuple[E
     return query, EmbeddingSet(sides.gallery.path.name, sides.gallery.rows_ND, labels[1], numbers[1])
 
 
-def _identities(sides: _Sides) -> tuple[Ints, Ints]:
-    """Numbers of the identities that the files name; a file without them takes those of the same keys in the other."""
+def _identities(sides: _Sides, junk: str | None = None) -> tuple[Ints, Ints]:
+    """Numbers of the identities that the files name; a file without them takes those of the same keys in the other.
+
+    junk: of the identity that gets -1.
+    """
     number_of: dict[str, int] = {}
     words = []
     for vectors, other in ((sides.query, sides.gallery), (sides.gallery, sides.query)):
@@ -456,7 +528,7 @@ def _identities(sides: _Sides) -> tuple[Ints, Ints]:
                 f"neither {sides.query.path} nor {sides.gallery.path} says who is on an image; add a column identity "
                 "(npz: identities, npy: NAME.identities.txt)"
             )
-        words.append(_numbers(names, number_of))
+        words.append(_numbers(names, number_of, junk))
     return words[0], words[1]
 
 
@@ -529,8 +601,8 @@ def _verification(
     tar_F, threshold_F = roc.at(fars)
     rows = [("genuine pairs", f"{num_genuine:,}"), ("impostor pairs", f"{num_impostor:,}")]
     for far, tar, threshold in zip(fars, tar_F, threshold_F, strict=True):
-        none = ", no impostor" if far * num_impostor < 1 else ""
-        rows.append((f"TAR at FAR {far_key(far)}", f"{tar:.5f} (threshold {threshold:.5f}{none})"))
+        few = _few(far, num_impostor, "impostor")
+        rows.append((f"TAR at FAR {far_key(far)}", f"{tar:.5f} (threshold {threshold:.5f}{few})"))
     rows.append(("equal error rate", f"{roc.equal_error_rate:.5f}"))
     keys = [far_key(far) for far in fars]
     return rows, {
@@ -540,6 +612,14 @@ def _verification(
         "threshold_at_far": dict(zip(keys, threshold_F.tolist(), strict=True)),
         "equal_error_rate": roc.equal_error_rate,
     }
+
+
+def _few(rate: float, count: int, what: str) -> str:
+    """A hint where fewer than 10 false accepts of ``count`` decide the threshold."""
+    accepted = int(rate * count * (1.0 + 1e-12))
+    if accepted >= _FEW:
+        return ""
+    return f", no {what}" if accepted == 0 else f", of {accepted} {what}{'s' if accepted > 1 else ''}"
 
 
 def _tell(
@@ -570,12 +650,7 @@ def _tell(
     if arguments.json == "-":
         sys.stdout.write(json.dumps(told, indent=2) + "\n")
     elif arguments.json is not None:
-        out = Path(arguments.json)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_text(json.dumps(told, indent=2) + "\n")
-        partial.replace(out)
+        write_whole(Path(arguments.json), json.dumps(told, indent=2) + "\n")
     if arguments.plot is not None:
         figure: Figure = draw(f"{title}: {arguments.query.name} / {gallery.name}")
-        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(arguments.plot, dpi=150)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.html_report import html_report
-from launch.run_tracking import gate_tags, version_text
+from launch.run_tracking import gate_tags, registered_by, version_text
 from lce_dist.config import Judged
 from lce_dist.errors import DataError, RunError
 from lce_dist.evaluation.answers import answers_of
@@ -63,11 +63,17 @@ def judged_before(run_dir: Path) -> dict[str, Any] | None:
 
 
 def tell_mlflow(
-    run_dir: Path, config: Judged, report: dict[str, Any], verdict: GateVerdict, entry: dict[str, Any], alias: str
+    run_dir: Path,
+    config: Judged,
+    report: dict[str, Any],
+    verdict: GateVerdict,
+    entry: dict[str, Any],
+    alias: str,
+    replace: bool = False,
 ) -> str:
     """Tell the run and its model's version of the verdict and, when passed, move the alias; returns what was done.
 
-    Errors: RunError when MLflow does not answer, or has not got the model yet.
+    Errors: RunError when MLflow does not answer, or has not got the model yet; those of ``set_model_alias``.
     """
     runs = (read_cursor(run_dir / "tracking.json") or {}).get("runs")
     if not isinstance(runs, dict):
@@ -83,15 +89,15 @@ def tell_mlflow(
     tag_run(uri, run_id, gate_tags(report, entry, config))
     for name in ("gate.json", "report.html"):
         log_run_file(uri, run_id, run_dir / name, "")
-    has_model = (run_dir / "new" / "model.safetensors").exists() and "new" in runs
+    of_model = runs.get(registered_by(run_dir))
     model = config.tracking.model or config.run.name
-    if has_model:
-        describe_version(uri, model, runs["new"], version_text(entry))
+    if of_model is not None:
+        describe_version(uri, model, of_model, version_text(entry))
     if not verdict.passed:
         return f"MLflow: run {run_id} is tagged; the alias stays where it is"
-    if not has_model:
-        return f"MLflow: run {run_id} is tagged; it trained no new model, so no alias moves"
-    version = set_model_alias(uri, model, runs["new"], alias)
+    if of_model is None:
+        return f"MLflow: run {run_id} is tagged; it has no model of its own, so no alias moves"
+    version = set_model_alias(uri, model, of_model, alias, replace)
     return f"MLflow: {model}@{alias} is now version {version}, of run {run_id}"
 
 

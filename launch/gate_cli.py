@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.destinations import check_destination, write_whole
 from lce_dist.errors import ConfigError, RunError, SetupError
 
 if TYPE_CHECKING:  # heavy imports wait until a command needs them
@@ -21,7 +22,8 @@ def add_gate_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
         "gate",
         help="may this upgrade be shipped: exit code 0 or 1, reasons, the registry's alias",
         description="Judge the report of a finished run by [gate] of its config. The verdict goes to the terminal, to RUN/gate.json and\n"
-        "RUN/report.html, and to the run in MLflow. When it passes, the alias moves to the run's model.",
+        "RUN/report.html, and to the run in MLflow. When it passes, the alias moves to the run's model, if the model that has it\n"
+        "now is the old one of this run.",
         epilog="examples:\n"
         "  lce gate runs/quickstart\n"
         "  lce gate runs/quickstart --set gate.max_negative_flips=0.02 --set gate.min_self_ratio=off\n"
@@ -39,6 +41,9 @@ def add_gate_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     gate.add_argument(
         "--json", metavar="FILE", help="also write the verdict here (-: standard output, and nothing else)"
     )
+    gate.add_argument(
+        "--replace", action="store_true", help="move the alias also from a model that is not this run's old one"
+    )
     gate.add_argument("--no-mlflow", action="store_true", help="leave MLflow alone")
     gate.set_defaults(run=_gate)
 
@@ -50,10 +55,10 @@ def _gate(arguments: argparse.Namespace) -> None:
     from launch.report import open_report
 
     run_dir: Path = arguments.run_dir
-    if arguments.json not in (None, "-") and not Path(arguments.json).parent.is_dir():
-        raise ConfigError(f"--json {arguments.json}: {Path(arguments.json).parent} is not a folder; make it first")
+    if arguments.json not in (None, "-"):
+        check_destination("--json", arguments.json)
     report = open_report(run_dir)
-    config = _config_of(run_dir, arguments.set)
+    config = config_of(run_dir, arguments.set)
     verdict, entry = conclude_gate(run_dir, config, report, arguments.set)
     text = json.dumps(entry, indent=2) + "\n"
     if arguments.json == "-":
@@ -61,10 +66,12 @@ def _gate(arguments: argparse.Namespace) -> None:
     else:
         _show(Console(), run_dir, verdict)
         if arguments.json:
-            Path(arguments.json).write_text(text)
+            write_whole(Path(arguments.json), text)
     if not arguments.no_mlflow:
         try:
-            told = tell_mlflow(run_dir, config, report, verdict, entry, arguments.alias)
+            told = tell_mlflow(run_dir, config, report, verdict, entry, arguments.alias, arguments.replace)
+        except ConfigError as error:
+            raise ConfigError(f"{run_dir} passed, but the alias did not move: {error}") from None
         except RunError as error:
             if verdict.passed:
                 raise SetupError(f"{run_dir} passed, but the alias did not move: {error}") from None
@@ -74,7 +81,8 @@ def _gate(arguments: argparse.Namespace) -> None:
         raise RunError(f"{run_dir} may not be shipped: {len(verdict.failed)} of {len(verdict.checks)} checks failed")
 
 
-def _config_of(run_dir: Path, overrides: list[str]) -> Judged:
+def config_of(run_dir: Path, overrides: list[str]) -> Judged:
+    """The config that the run was made with. Errors: ConfigError."""
     from lce_dist.config import parse_config, parse_vectors_config, with_overrides
 
     for override in overrides:

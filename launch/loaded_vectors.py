@@ -45,22 +45,26 @@ def load_vectors(path: Path, lengths: str, bridge: Bridge | None, progress: RunP
     """All rows of a file. lengths: "unit" (others are refused), "normalise", "keep"; a map gives unit rows.
 
     Errors: DataError of ``open_vectors``, for a key that comes twice, another length than asked, or other dimensions than
-    the map begins at; each names the file and the row. **Memory**: 4 * D bytes a row, and its key.
+    the map begins at; each names the file and the row. **Memory**: 4 * D bytes a row, and its key; of rows that are used as they
+    lie in the file, what is touched.
     """
     file = open_vectors(path)
     if bridge is not None and file.dim != bridge.dim_in:
         raise DataError(
             f"vectors {path} have {file.dim} dimensions; the map begins at {bridge.dim_in}. Give the other side's"
         )
-    rows_ND = np.empty((file.num_rows, file.dim if bridge is None else bridge.dim_out), dtype=np.float32)
+    lying_ND = file.mapped() if bridge is None and lengths == "unit" else None
+    rows_ND = lying_ND
+    if rows_ND is None:
+        rows_ND = np.empty((file.num_rows, file.dim if bridge is None else bridge.dim_out), dtype=np.float32)
     row_of: dict[str, int] = {}
     identities: list[str] = []
     for block in file.blocks():
         low = len(row_of)
         for key in block.keys:
             if key in row_of:
-                again = len(row_of) + 1
-                raise DataError(f"vectors {path}: the key of row {again} stands there before; keep one row a key")
+                both = f"rows {row_of[key] + 1} and {len(row_of) + 1}"
+                raise DataError(f"vectors {path}: {both} have one key; keep one row a key")
             row_of[key] = len(row_of)
         identities += block.identities or []
         rows_bD = block.rows_bD.astype(np.float64)
@@ -73,11 +77,13 @@ def load_vectors(path: Path, lengths: str, bridge: Bridge | None, progress: RunP
             )
         # what is a unit vector in float32 stays as it is, so that numbers are those of the run that made it
         norm_b[(np.abs(norm_b - 1.0) <= _UNIT_ROUNDING) | (lengths == "keep")] = 1.0
+        progress.count(f"reading {path.name}", len(row_of), file.num_rows)
+        if lying_ND is not None and bool(np.all(norm_b == 1.0)):
+            continue
         rows_bD = (rows_bD / norm_b).astype(np.float32)
         if bridge is not None:
             rows_bD = map_rows(bridge, torch.from_numpy(rows_bD)).numpy()
         rows_ND[low : len(row_of)] = rows_bD
-        progress.count(f"reading {path.name}", len(row_of), file.num_rows)
     return LoadedVectors(path, rows_ND, row_of, identities or None, file.space)
 
 

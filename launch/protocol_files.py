@@ -178,14 +178,17 @@ def _csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
+            ended = 0
             try:
                 for row in reader:
+                    ended = reader.line_num
                     if row:
                         yield reader.line_num, row
             except csv.Error as error:
-                raise DataError(
-                    f"{path}:{reader.line_num}: not CSV ({error}); put quotes around fields with commas"
-                ) from None
+                # an open quote swallows all lines below it: the row began below the last one that ended
+                where = f"{path}:{ended + 1}" if "unexpected end" in str(error) else f"{path}:{reader.line_num}"
+                why = "a quote that is not closed" if "unexpected end" in str(error) else str(error)
+                raise DataError(f"{where}: not CSV ({why}); put quotes around fields with commas") from None
     except UnicodeDecodeError:
         raise _not_text(path) from None
     except OSError as error:

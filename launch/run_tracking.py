@@ -12,6 +12,8 @@ from launch.prepare import Prepared, fingerprint_of
 from launch.report import open_report
 from launch.sheet import sheet_of
 from launch.version import code_version
+from lce_dist.compat.artefact import CARD as BRIDGE_CARD
+from lce_dist.compat.artefact import WEIGHTS as BRIDGE_WEIGHTS
 from lce_dist.config import Config, Judged
 from lce_dist.evaluation.figures import training_curves
 from lce_dist.evaluation.matrix import PAIRS
@@ -121,14 +123,24 @@ class RunTracking:
                 self.tracker.log_file("parent", figure, "figures")
         for name in ("report.html", "report.json", "gate.json"):
             self.tracker.log_file("parent", self._run_dir / name)
-        if (self._run_dir / "new" / "model.safetensors").exists():
-            self._register(config, report, gate)
+        key = registered_by(self._run_dir)
+        if key is not None:
+            self._register(key, config, report, gate)
 
-    def _register(self, config: Config, report: dict[str, Any], gate: dict[str, Any]) -> None:
+    def _register(self, key: str, config: Config, report: dict[str, Any], gate: dict[str, Any]) -> None:
+        """The version's folder holds all that serving takes: weights, the map where there is one, and how to apply it."""
+        weights = self._run_dir / "new" / "model.safetensors"
+        if config.new.weights is not None:
+            weights = Path(config.new.weights)
+            self.tracker.log_file(key, weights, "model")
+        if report["bridge"] is not None:
+            for name in (BRIDGE_WEIGHTS, BRIDGE_CARD):
+                self.tracker.log_file(key, self._run_dir / "bridge" / name, "model/bridge")
         far = repr(float(report["criterion_far"]))
         thresholds = {key: report[key]["threshold_at_far"][far] for key in ("new_old", "new_new")}
         card = {
             "net": config.new.net,
+            "weights": weights.name,
             "embedding_dim": config.new.embedding_dim,
             "image_size": config.data.image_size,
             "space": report["space"],
@@ -136,15 +148,16 @@ class RunTracking:
             "mode": report["mode"],
             "method": report["method"],
             "bridge": None if report["bridge"] is None else report["bridge"]["kind"],
+            "apply": _how_to_apply(report),
             "threshold_new_old": thresholds["new_old"],
             "threshold_new_new": thresholds["new_new"],
             "threshold_far": report["criterion_far"],
             "fingerprint": report["fingerprint"],
         }
-        self.tracker.log_text("new", json.dumps(card, indent=2), "model/card.json")
+        self.tracker.log_text(key, json.dumps(card, indent=2), "model/card.json")
         size = config.data.image_size
         self.tracker.register_model(
-            "new",
+            key,
             config.tracking.model or config.run.name,
             "model",
             {"images": (-1, 3, size, size)},
@@ -159,6 +172,25 @@ class RunTracking:
         for stage in (*self._open_stages, "parent"):
             self.tracker.end_run(stage, status)
         return self.tracker.close(_CLOSE_S if status == "FINISHED" else 5.0)
+
+
+def registered_by(run_dir: Path) -> str | None:
+    """The stage whose run in MLflow the model's version is of: the training, or the map of two models that were given."""
+    if (run_dir / "new" / "model.safetensors").exists():
+        return "new"
+    return "bridge" if (run_dir / "bridge" / BRIDGE_CARD).exists() else None
+
+
+def _how_to_apply(report: dict[str, Any]) -> str | None:
+    """In words: which vectors go through the map of the version's folder, and when."""
+    if report["bridge"] is None:
+        return None
+    through = "unit vectors through bridge/ (lce_dist.compat.artefact: read_bridge, map_rows), then unit length again"
+    if report["mode"].endswith("direct"):
+        return f"every vector of this model: {through}; only then compare it with anything"
+    if report["bridge"]["direction"] == "new_to_old":
+        return f"to compare with old vectors, this model's: {through}; among themselves its vectors are compared as they are"
+    return f"to compare with this model's vectors, the old ones: {through}; this model's stay as they are"
 
 
 def draw_curves(run_dir: Path) -> None:

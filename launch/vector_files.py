@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,17 @@ from lce_dist.errors import DataError, RunError
 
 Vectors = npt.NDArray[np.float32]
 # whatever numpy and zipfile meet first in bytes that are not what they were
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, RuntimeError, SyntaxError)
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    SyntaxError,
+)
 SUFFIXES = (".parquet", ".npz", ".npy")
 _BLOCK_ROWS = 1 << 14
 
@@ -47,7 +58,8 @@ class Block:
 class VectorFile:
     """A file that was opened: its rows, their dimension, whether it names identities, and a pass over all.
 
-    space: of which model the vectors are; None where the file does not say.
+    space: of which model the vectors are; None where the file does not say. lies_at: where in the file (N, D) float32 values lie
+    one after the other; None where they do not.
     """
 
     path: Path
@@ -56,6 +68,13 @@ class VectorFile:
     has_identities: bool
     blocks: Callable[[], Iterator[Block]]
     space: str | None
+    lies_at: int | None = None
+
+    def mapped(self) -> Vectors | None:
+        """The rows as they lie in the file, read when they are looked at; changes stay in memory. None for other layouts."""
+        if self.lies_at is None:
+            return None
+        return np.memmap(self.path, dtype="<f4", mode="c", offset=self.lies_at, shape=(self.num_rows, self.dim))
 
 
 def open_vectors(path: Path) -> VectorFile:
@@ -80,7 +99,7 @@ def open_vectors(path: Path) -> VectorFile:
         if row != opened.num_rows:
             raise DataError(f"vectors {path}: {row} rows came of {opened.num_rows}; the file is damaged, copy it again")
 
-    return VectorFile(path, opened.num_rows, opened.dim, opened.has_identities, checked, opened.space)
+    return VectorFile(path, opened.num_rows, opened.dim, opened.has_identities, checked, opened.space, opened.lies_at)
 
 
 def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], space: str | None = None) -> None:
@@ -165,14 +184,22 @@ def _open_npy(path: Path) -> VectorFile:
             rows_bD = np.array(vectors[low : low + _BLOCK_ROWS], dtype=np.float32)
             names = list(itertools.islice(keys, len(rows_bD)))
             groups = None if identities is None else list(itertools.islice(identities, len(rows_bD)))
+            for file, words in ((keys_file, names), (identities_file, groups)):
+                if words is not None and len(words) < len(rows_bD):
+                    raise DataError(
+                        f"{file} ends at line {low + len(words)}; must have {len(vectors)}, one for each of the vectors {path}"
+                    )
             yield Block(names, rows_bD, groups)
-        if next(keys, None) is not None or (identities is not None and next(identities, None) is not None):
-            raise DataError(
-                f"vectors {path}: more keys or identities than the {len(vectors)} vectors; must be one each"
-            )
+        for file, more in ((keys_file, keys), (identities_file, identities)):
+            if more is not None and next(more, None) is not None:
+                raise DataError(
+                    f"{file}:{len(vectors) + 1}: a line too many; must be {len(vectors)}, one for each of the vectors {path}"
+                )
 
     space = _one_space(path, lines_of(spaces_file)) if spaces_file.is_file() else None
-    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks, space)
+    by_row = isinstance(vectors, np.memmap) and vectors.flags.c_contiguous and vectors.dtype == np.dtype("<f4")
+    lies_at = int(vectors.offset) if by_row else None
+    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks, space, lies_at)
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -201,6 +228,8 @@ def _open_npz(path: Path) -> VectorFile:
                 )
             with archive.open("vectors.npy") as member:
                 shape, by_column, dtype = _header(member)
+                header_bytes = member.tell()
+            lies_at = _place_in_zip(path, archive.getinfo("vectors.npy"), header_bytes) if dtype == "<f4" else None
     except _DAMAGED as error:
         raise damaged(error) from None
     _check_array(path, shape, dtype)
@@ -235,7 +264,17 @@ def _open_npz(path: Path) -> VectorFile:
         space = _one_space(path, words("spaces").tolist()) if "spaces" in names else None
     except _DAMAGED as error:
         raise damaged(error) from None
-    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks, space)
+    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks, space, lies_at)
+
+
+def _place_in_zip(path: Path, info: zipfile.ZipInfo, header_bytes: int) -> int | None:
+    """Where the array's values begin in the archive; None where they are compressed."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        return None
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)  # lengths of name and extra field of the entry's own head, of 30 bytes
+        name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+    return int(info.header_offset) + 30 + int(name_bytes) + int(extra_bytes) + header_bytes
 
 
 def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -290,10 +329,7 @@ def _open_parquet(path: Path) -> VectorFile:
                     flat = vector.flatten()
                     lengths = vector.value_lengths().to_numpy(zero_copy_only=False)
                     if any(one.null_count for one in (vector, flat, *words)) or (lengths != dim).any():
-                        raise DataError(
-                            f"vectors {path}: after row {row} a key, an identity or a vector is absent, or a vector has "
-                            f"another length than the first ({dim})"
-                        )
+                        raise _first_wrong(path, row, batch, dim)
                     rows_bD = flat.to_numpy(zero_copy_only=False).reshape(len(vector), dim).astype(np.float32)
                     names = [one.cast(pa.string()).to_pylist() for one in words]
                     row += len(vector)
@@ -311,6 +347,25 @@ def _open_parquet(path: Path) -> VectorFile:
 
     space = _one_space(path, spaces()) if "space" in schema.names else None
     return VectorFile(path, num_rows, dim, "identity" in columns, blocks, space)
+
+
+def _first_wrong(path: Path, first: int, batch: Any, dim: int) -> DataError:
+    """What is wrong with the first row of the batch that has a fault."""
+    for place in range(batch.num_rows):
+        for name in batch.schema.names:
+            value = batch.column(name)[place].as_py()
+            fault = None
+            if value is None:
+                fault = f"has no {name}"
+            elif name == "vector" and len(value) != dim:
+                fault = f"has a vector of {len(value)} numbers, the first row of {dim}"
+            elif name == "vector" and None in value:
+                fault = f"has no number at place {value.index(None) + 1} of its vector"
+            if fault is not None:
+                return DataError(
+                    f"vectors {path}: row {first + place + 1} {fault}; write it again, or leave the row out"
+                )
+    return DataError(f"vectors {path}: a row from {first + 1} on is not whole; write the file again")
 
 
 _Written = Iterator[tuple[Path, Path]]

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lce_dist.errors import RunError
+from lce_dist.errors import ConfigError, LceError, RunError
 from lce_dist.mlflow_client import connect, is_refused, one_line, redact, upload
 
 _LABEL = "lce.key"
@@ -65,10 +65,11 @@ def give_alias(client: Any, model_name: str, version: int, alias: str, time_ms: 
         client.set_model_version_tag(model_name, str(version), tag, said)
 
 
-def set_model_alias(uri: str, model_name: str, run_id: str, alias: str) -> int:
+def set_model_alias(uri: str, model_name: str, run_id: str, alias: str, replace: bool = False) -> int:
     """Move ``alias`` to the version that was registered from the run, now, and return the version.
 
-    Errors: RunError when MLflow does not answer or has no such version.
+    Errors: RunError when MLflow does not answer or has no such version; ConfigError where another version has the alias whose
+    tag "space" is not this one's "parent_space", unless ``replace``: this one was measured against another old model.
     """
     with _speaking(uri) as client:
         version = find_version(client, model_name, run_id)
@@ -77,6 +78,16 @@ def set_model_alias(uri: str, model_name: str, run_id: str, alias: str) -> int:
                 f"run {run_id} has no version of the registered model {model_name!r} at {redact(uri)}; "
                 "run its training command again, which sends what MLflow has not taken"
             )
+        holder = client.get_registered_model(model_name).aliases.get(alias)
+        if holder is not None and int(holder) != version and not replace:
+            deployed = client.get_model_version(model_name, str(holder)).tags.get("space")
+            measured = client.get_model_version(model_name, str(version)).tags.get("parent_space")
+            if deployed != measured:
+                raise ConfigError(
+                    f"{model_name}@{alias} is version {holder}, of space {deployed or 'not known'}; version {version} was measured "
+                    f"against an old model of space {measured or 'not known'}, which is not the one deployed. Train against "
+                    "that one, or move the alias all the same with --replace"
+                )
         give_alias(client, model_name, version, alias, time.time_ns() // 1_000_000)
         return version
 
@@ -114,7 +125,7 @@ def _speaking(uri: str) -> Iterator[Any]:
         raise RunError(f"no MLflow store at {place}; name the folder of the runs, or set tracking.uri")
     try:
         yield connect(uri)
-    except RunError:
+    except LceError:
         raise
     except Exception as error:
         text = redact(one_line(error))

@@ -101,9 +101,12 @@ def _rows_of(path: Path, key: pa.ChunkedArray, name_N2: UInt64Array | None, iden
         ]
         or [np.zeros((0, 2), np.uint64)]
     )
-    row_of = {(int(one), int(two)): row for row, (one, two) in enumerate(hashes.tolist())}
-    if len(row_of) < len(hashes):
-        raise DataError(f"attributes {path} hold {len(hashes) - len(row_of)} keys twice; each must be there once")
+    row_of: dict[tuple[int, int], int] = {}
+    for row, (one, two) in enumerate(hashes.tolist()):
+        before = row_of.setdefault((one, two), row)
+        if before != row:
+            both = f"rows {before + 1} and {row + 1}" + (" below the head" if path.suffix == ".csv" else "")
+            raise DataError(f"attributes {path}: {both} have one key; each must be there once")
     row_N = np.full(len(identity_N2), -1, dtype=np.int64)
     for each_N2 in (identity_N2, name_N2):
         if each_N2 is not None:

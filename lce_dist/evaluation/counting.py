@@ -2,12 +2,16 @@
 
 Scores are inner products in float32, rounded to multiples of 2^-20 (about 1e-6, what float32 sums are good for): level 0
 is the score -1, level 2^21 the score 1. From there on all is counting of integers. Of up to 2^26 pairs every level is
-counted, in plain numpy. Of more, a sample of queries gives a level below which impostors are only estimated; above it,
+counted, in plain numpy. Of more, a sample of pairs gives a level below which impostors are only estimated; above it,
 where thresholds lie, every pair is counted, a block of scores at a time, on any number of ranks.
+
+What rounding can do is counted too: a score lies within one level of its own (half by rounding, less than half by float32), so
+scores that are not rounded can only change the order of pairs that are near the impostor that sets the threshold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from lce_dist.collectives import all_reduce_max, all_reduce_sum
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError, RunError
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.world import World
 
@@ -69,19 +73,42 @@ class PairCounts:
         A FAR below 1 / impostors allows no false accept: its TAR is the share of genuine pairs above every impostor.
         """
         far_F = np.asarray(fars, dtype=np.float64)
-        num_impostor = self.num_impostor
         impostor_from_L = np.cumsum(self.impostor_L[::-1])[::-1]
         genuine_from_L = np.append(np.cumsum(self.genuine_L[::-1])[::-1], 0)
-        # floor(FAR * n) may be off by one (0.29 * 100 < 29); the rule is on the quotient.
-        allowed_F = np.floor(far_F * num_impostor)
-        allowed_F += (allowed_F + 1) / num_impostor <= far_F
-        allowed_F -= allowed_F / num_impostor > far_F
-        lowest_F = NUM_LEVELS - np.searchsorted(impostor_from_L[::-1], allowed_F, side="right")
+        lowest_F = self._lowest(far_F, impostor_from_L)
         taken = np.flatnonzero((self.genuine_L > 0) | (self.impostor_L > 0))
         # Without any score up there the threshold stays one step above the highest impostor: nothing is accepted.
         next_F = np.searchsorted(taken, lowest_F)
         level_F = np.where(next_F < len(taken), taken[np.minimum(next_F, len(taken) - 1)], lowest_F)
         return genuine_from_L[level_F] / genuine_from_L[0], level_F / STEPS_PER_UNIT - 1.0
+
+    def _lowest(self, far_F: Floats, impostor_from_L: Floats) -> Counts:
+        """The lowest level (F,) that leaves no more impostors than each FAR allows; the one below is the level of an impostor."""
+        num_impostor = self.num_impostor
+        # floor(FAR * n) may be off by one (0.29 * 100 < 29); the rule is on the quotient.
+        allowed_F = np.floor(far_F * num_impostor)
+        allowed_F += (allowed_F + 1) / num_impostor <= far_F
+        allowed_F -= allowed_F / num_impostor > far_F
+        return NUM_LEVELS - np.searchsorted(impostor_from_L[::-1], allowed_F, side="right")
+
+    def rounding_errors(self, fars: Sequence[float] | Floats) -> tuple[Floats, Floats]:
+        """How far TAR at FAR (F,), and the FAR that its threshold gives (F,), can be from those of scores that are not rounded.
+
+        The impostor that sets the threshold is within one level of where it was counted, and so is every genuine pair: those more
+        than two levels away keep their side. At the threshold itself only impostors within one level may change theirs.
+        """
+        far_F = np.asarray(fars, dtype=np.float64)
+        lowest_F = self._lowest(far_F, np.cumsum(self.impostor_L[::-1])[::-1])
+        _, threshold_F = self.operating_points(far_F)
+        level_F = np.rint((threshold_F + 1.0) * STEPS_PER_UNIT).astype(np.int64)
+        pad = np.zeros(4)
+        genuine_L = np.concatenate([pad, self.genuine_L, pad])
+        impostor_L = np.concatenate([pad, self.impostor_L, pad])
+        setting_F, at_F = lowest_F - 1 + len(pad), np.minimum(level_F, NUM_LEVELS) + len(pad)
+        more_F = genuine_L[setting_F] + genuine_L[setting_F - 1]
+        fewer_F = genuine_L[setting_F + 1] + genuine_L[setting_F + 2]
+        tar_F = np.where(lowest_F > 0, np.maximum(more_F, fewer_F), 0.0) / self.num_genuine
+        return tar_F, np.maximum(impostor_L[at_F], impostor_L[at_F - 1]) / self.num_impostor
 
     def far_from(self, threshold: float) -> float:
         """Share of impostors at or above a threshold."""
@@ -98,12 +125,18 @@ def level_of(score: float) -> int:
 
 
 def count_pairs(
-    query: EmbeddingSet, gallery: EmbeddingSet, fars: Sequence[float], world: World | None = None
+    query: EmbeddingSet,
+    gallery: EmbeddingSet,
+    fars: Sequence[float],
+    world: World | None = None,
+    down_to: float | None = None,
 ) -> PairCounts:
     """Count all ordered pairs; exact at all levels up to 2^26 pairs, else for FARs up to the largest of ``fars``.
 
+    down_to: a score from which on counts must be exact, too.
+
     The same vectors as query and gallery are scored once a pair of images.
-    Errors: RunError when dimensions differ, an image has two labels, or there is no genuine or no impostor pair.
+    Errors: RunError when dimensions differ or an image has two labels; DataError for no genuine or no impostor pair.
     **Collectives**: three all-reduces of 34 MB; every rank passes all vectors and returns the same counts.
     **Memory**: 16 MiB of scores (a GPU: 1 GiB), 150 MB of counts, 16 bytes an image; pairs are not kept.
     """
@@ -111,14 +144,14 @@ def count_pairs(
     if len(query.labels_N) * len(gallery.labels_N) <= MOST_PAIRS_AT_ALL_LEVELS:
         counts = count_at_all_levels(query, gallery)
     else:
-        counts = _count_high_levels(query, gallery, max(fars), world or World())
+        counts = _count_high_levels(query, gallery, max(fars), world or World(), down_to)
     if counts.num_genuine == 0 or counts.num_impostor == 0:
         kind, need = (
             ("genuine", "an identity with two images") if counts.num_genuine == 0 else ("impostor", "two identities")
         )
-        raise RunError(
+        raise DataError(
             f"queries of {query.name!r} ({len(query.labels_N)} images) against the gallery of {gallery.name!r} "
-            f"({len(gallery.labels_N)} images) have 0 {kind} pairs; TAR at FAR needs at least 1. Hold out {need}"
+            f"({len(gallery.labels_N)} images) have 0 {kind} pairs; TAR at FAR needs at least 1: {need}"
         )
     return counts
 
@@ -178,13 +211,17 @@ def _levels(cos: npt.NDArray[np.float32]) -> Counts:
     return level
 
 
-def _count_high_levels(query: EmbeddingSet, gallery: EmbeddingSet, largest_far: float, world: World) -> PairCounts:
+def _count_high_levels(
+    query: EmbeddingSet, gallery: EmbeddingSet, largest_far: float, world: World, down_to: float | None
+) -> PairCounts:
     """As ``count_at_all_levels`` has it from a level on that the largest FAR does not reach."""
     sample_L = _sample(query, gallery)
     num_sampled = float(sample_L.sum())
     far = max(_NEAR_FAR * largest_far, _SAMPLE_ABOVE / max(1.0, num_sampled))
     while True:
         cut = _cut(sample_L, far, world)
+        if down_to is not None:
+            cut = max(0, min(cut, level_of(down_to) - 1))
         high = _HighCounter(query, gallery, cut, world).count()
         num_below = high.num_below
         num_impostor = float(high.impostor_L.sum()) + num_below
@@ -202,12 +239,15 @@ def _count_high_levels(query: EmbeddingSet, gallery: EmbeddingSet, largest_far: 
 
 
 def _sample(query: EmbeddingSet, gallery: EmbeddingSet) -> Counts:
-    """Impostors of some queries, drawn by a fixed seed, at each level."""
-    rows = max(16, _SAMPLE_PAIRS // len(gallery.labels_N))
-    chosen = np.random.default_rng(0).permutation(len(query.labels_N))[:rows]
-    chosen.sort()
-    some = EmbeddingSet(query.name, query.vectors_ND[chosen], query.labels_N[chosen], query.sample_ids_N[chosen])
-    return count_at_all_levels(some, gallery).impostor_L.astype(np.int64)
+    """Impostors of some queries in a part of the gallery, drawn by a fixed seed, at each level.
+
+    As many of the one as of the other: pairs of one image depend on each other, so few images would be a poor sample.
+    """
+    draw = np.random.default_rng(0)
+    num_queries = min(len(query.labels_N), math.isqrt(_SAMPLE_PAIRS))
+    rows = np.sort(draw.permutation(len(query.labels_N))[:num_queries])
+    columns = np.sort(draw.permutation(len(gallery.labels_N))[: _SAMPLE_PAIRS // num_queries])
+    return count_at_all_levels(query.rows(rows), gallery.rows(columns)).impostor_L.astype(np.int64)
 
 
 def _cut(sample_L: Counts, far: float, world: World) -> int:

@@ -76,7 +76,9 @@ def build_matrix(
     found: dict[str, PairResult] = {}
     for key, pair in sorted(cells.items(), key=lambda cell: cell[0] != "old_old"):
         thresholds = found["old_old"].threshold_at_far if "old_old" in found else {}
-        found[key] = result_of(count_pairs(*pair, fars, world), fars, thresholds)
+        # thresholds that are kept may lie below those of this cell
+        counts = count_pairs(*pair, fars, world, min(thresholds.values(), default=None))
+        found[key] = result_of(counts, fars, thresholds)
     return {key: found[key] for key in cells}
 
 
@@ -98,6 +100,13 @@ def criterion(matrix: Mapping[str, PairResult], far: float) -> Verdict:
         reasons.append(
             f"FAR {far_key(far)} is below 1 / impostor pairs (1 / {matrix[scarce[0]].num_impostor}), so the TARs are "
             "those with no false accept at all and hang on a single pair; hold out more identities or ask a larger FAR."
+        )
+    coarse = [key for key in ("old_old", "new_old", "new_new") if far_key(far) in matrix[key].coarse_at()]
+    if coarse:
+        worst = max(matrix[key].tar_error[far_key(far)] for key in coarse)
+        reasons.append(
+            f"Scores of {', '.join(coarse)} lie so close together that float32 hardly tells them apart: TAR may be off by {worst:.2g}. "
+            "Take the common direction out of the vectors."
         )
     update_gain = None
     if "independent_new" in tar:
@@ -125,6 +134,8 @@ def report_entries(matrix: Mapping[str, PairResult]) -> dict[str, dict[str, Any]
             "num_genuine": result.num_genuine,
             "num_impostor": result.num_impostor,
             "exact_up_to_far": result.exact_up_to_far,
+            "tar_error_at_far": dict(result.tar_error),
+            "far_error_at_far": dict(result.far_error),
         }
         for key, result in matrix.items()
     }

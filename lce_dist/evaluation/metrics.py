@@ -1,7 +1,7 @@
 """How well one model's queries find another model's gallery: TAR at FAR, thresholds, rank-1, ROC and histograms.
 
-Numbers are exact for scores rounded to multiples of 2^-20; of more than 2^26 pairs, for FARs up to the largest one that was
-asked (see counting.py, which counts the pairs).
+Numbers are exact for scores rounded to multiples of 2^-20, and what rounding can do to them is said beside them; of more than 2^26
+pairs, for FARs up to the largest one that was asked (see counting.py, which counts the pairs).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Counts = npt.NDArray[np.int64]
 HISTOGRAM_EDGES: Floats = np.linspace(-1.0, 1.0, 201)
 
 _ROC_POINTS = 161
+_COARSE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class PairResult:
     roc: (FAR, TAR), both (P,), FAR spaced evenly in its logarithm. Histograms: pairs a bin of ``HISTOGRAM_EDGES``.
     num_ranked: queries with a mate in the gallery, those that rank-1 is a share of. Above ``exact_up_to_far`` the ROC,
     and in scores below it the impostors' histogram, is an estimate from a sample of queries. kept: (FAR, TAR) at given
-    thresholds, by their FARs elsewhere.
+    thresholds, by their FARs elsewhere. tar_error, far_error: how far rounding of scores can have moved TAR at FAR, and the FAR
+    of its threshold.
     """
 
     tar_at_far: dict[str, float]
@@ -45,6 +47,12 @@ class PairResult:
     impostor_histogram: Counts
     exact_up_to_far: float = 1.0
     kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    tar_error: Mapping[str, float] = field(default_factory=dict)
+    far_error: Mapping[str, float] = field(default_factory=dict)
+
+    def coarse_at(self) -> list[str]:
+        """FARs at which rounding can have moved TAR or FAR by more than a thousandth: scores lie too close together."""
+        return [key for key, error in self.tar_error.items() if max(error, self.far_error[key]) > _COARSE]
 
 
 def far_key(far: float) -> str:
@@ -71,6 +79,7 @@ def result_of(counts: PairCounts, fars: Sequence[float], thresholds: Mapping[str
     roc_far_P = np.geomspace(lowest_far, 1.0, _ROC_POINTS)
     tar_F, threshold_F = counts.operating_points(np.concatenate([np.asarray(fars, dtype=np.float64), roc_far_P]))
     keys = [far_key(far) for far in fars]
+    tar_error_F, far_error_F = counts.rounding_errors(fars)
     return PairResult(
         tar_at_far=dict(zip(keys, tar_F.tolist(), strict=False)),
         threshold_at_far=dict(zip(keys, threshold_F.tolist(), strict=False)),
@@ -83,6 +92,8 @@ def result_of(counts: PairCounts, fars: Sequence[float], thresholds: Mapping[str
         impostor_histogram=_coarse(counts.impostor_L),
         exact_up_to_far=counts.exact_up_to_far,
         kept={key: (counts.far_from(at), counts.tar_from(at)) for key, at in (thresholds or {}).items()},
+        tar_error=dict(zip(keys, tar_error_F.tolist(), strict=True)),
+        far_error=dict(zip(keys, far_error_F.tolist(), strict=True)),
     )
 
 

@@ -106,7 +106,7 @@ def reached_at(pair: Pair, threshold: float) -> Reached:
 
     Errors: RunError when there is no genuine or no impostor pair.
     """
-    counts = count_pairs(*pair, [0.5])
+    counts = count_pairs(*pair, [1e-3], down_to=threshold)
     return Reached(threshold, counts.far_from(threshold), counts.tar_from(threshold))
 
 

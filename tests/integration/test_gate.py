@@ -9,10 +9,13 @@ from typing import Any
 import mlflow
 import numpy as np
 import pytest
+import torch
 
 from launch.cli import main
 from launch.report import RunFacts, write_report
 from launch.run_tracking import CANDIDATE, RunTracking
+from lce_dist.compat.artefact import map_rows, read_bridge, save_bridge
+from lce_dist.compat.bridges import build_bridge
 from lce_dist.config import Config, load_config
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.matrix import build_matrix, cells_of
@@ -30,19 +33,28 @@ def model(name: str, seed: int, noise: float, num: int = 400) -> EmbeddingSet:
     return EmbeddingSet(name, rows.astype(np.float32), labels.astype(np.int64), np.arange(num))
 
 
-def finished_run(folder: Path, name: str, new_noise: float, seed: int = 2) -> tuple[Path, Config]:
-    """A run's directory as training leaves it, its model among the files."""
+def finished_run(
+    folder: Path,
+    name: str,
+    new_noise: float,
+    seed: int = 2,
+    spaces: tuple[str, str] = ("new space", "old space"),
+    overrides: tuple[str, ...] = (),
+    card: dict[str, Any] | None = None,
+) -> tuple[Path, Config]:
+    """A run's directory as training leaves it, its model among the files; card: of its map."""
     run_dir = folder / name
     (run_dir / "new").mkdir(parents=True)
-    (run_dir / "new" / "model.safetensors").write_bytes(b"weights of " + name.encode())
-    config = load_config(QUICKSTART, [f"run.name={name}", "tracking.model=faces"])
+    config = load_config(QUICKSTART, [f"run.name={name}", "tracking.model=faces", *overrides])
+    if config.new.weights is None:
+        (run_dir / "new" / "model.safetensors").write_bytes(b"weights of " + name.encode())
+    if card is not None:
+        save_bridge(run_dir / "bridge", build_bridge("linear", 16, 16, seed=3), card)
     (run_dir / "resolved.json").write_text(json.dumps(config.model_dump(mode="json")))
     cells = cells_of(model("old", 1, 0.75), model("new", seed, new_noise), None)
     cover = {"cover": np.random.default_rng(7).choice(["none", "mask"], 400)}
     upgrade = examine(build_matrix(cells, (0.01, 0.001)), cells, 0.01, cover)
-    write_report(
-        run_dir, config, RunFacts("f", "e", "new space", "old space", {"new": 10.0}, 4, 2, None), upgrade, {}, {}
-    )
+    write_report(run_dir, config, RunFacts("f", "e", *spaces, {"new": 10.0}, 4, 2, card), upgrade, {}, {})
     return run_dir, config
 
 
@@ -50,8 +62,10 @@ def tracked(run_dir: Path, config: Config) -> None:
     """What training tells MLflow of it."""
     tracking = RunTracking(Tracker(config.tracking, run_dir, config.run.name, run_dir.parent), run_dir)
     tracking.tracker.start_run("parent", config.run.name)
-    tracking.follow({"type": "stage_start", "stage": "new"})
-    tracking.follow({"type": "stage_done", "stage": "new"})
+    for stage in ("new", "bridge"):
+        if (run_dir / stage).exists() and any((run_dir / stage).iterdir()):
+            tracking.follow({"type": "stage_start", "stage": stage})
+            tracking.follow({"type": "stage_done", "stage": stage})
     tracking.results(config, json.loads((run_dir / "gate.json").read_text()))
     assert tracking.close("FINISHED")
 
@@ -100,13 +114,56 @@ def test_the_alias_moves_to_a_run_that_passes_and_to_no_other(
     assert "gate.min_self_gain=0.9 instead" in tags["mlflow.note.content"]
     assert "No: 1 of 4 checks failed" in client.get_model_version("faces", "1").description
 
-    # a second good one takes the alias over; asked again, the first takes it back
-    better, better_config = finished_run(tmp_path, "better", 0.3, seed=5)
+    # a second good one was measured against the same old model, which is not the one deployed any more
+    better, better_config = finished_run(tmp_path, "better", 0.3, seed=5, spaces=("better space", "old space"))
     assert main(["gate", str(better), "--no-mlflow"]) == 0
     tracked(better, better_config)
-    for run_dir, number in ((better, "3"), (good, "1")):
-        assert main(["gate", str(run_dir)]) == 0
+    assert main(["gate", str(better)]) == 2
+    caught = capsys.readouterr().err
+    assert (
+        "faces@champion is version 1, of space new space; version 3 was measured against an old model of space old"
+        in caught
+    )
+    assert "--replace" in caught and caught.count("\n") == 1
+    third, third_config = finished_run(tmp_path, "third", 0.3, seed=6, spaces=("third space", "better space"))
+    assert main(["gate", str(third), "--no-mlflow"]) == 0
+    tracked(third, third_config)
+    steps = ((better, ["--replace"], "3"), (better, [], "3"), (third, [], "4"), (good, ["--replace"], "1"))
+    for run_dir, flags, number in steps:
+        assert main(["gate", str(run_dir), *flags]) == 0
         assert str(client.get_model_version_by_alias("faces", "champion").version) == number
+
+
+def test_a_version_holds_its_map_and_a_map_between_two_given_models_is_a_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    given = tmp_path / "theirs.safetensors"
+    given.write_bytes(b"weights of theirs")
+    card = {"kind": "linear", "dim_in": 16, "dim_out": 16, "direction": "new_to_old"}
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    runs = (
+        ("trained", ("compat.mode=training-backward",), "model.safetensors", "new"),
+        ("mapped", ("compat.mode=mapping-backward", f'new.weights="{given}"'), "theirs.safetensors", "bridge"),
+    )
+    for number, (name, overrides, weights, key) in enumerate(runs, 1):
+        run_dir, config = finished_run(tmp_path, name, 0.4, overrides=overrides, card=card)
+        assert main(["gate", str(run_dir), "--no-mlflow"]) == 0
+        tracked(run_dir, config)
+        assert main(["gate", str(run_dir), "--replace"]) == 0
+        version = client.get_model_version_by_alias("faces", "champion")
+        assert int(version.version) == number
+        assert version.run_id == json.loads((run_dir / "tracking.json").read_text())["runs"][key]
+        folder = Path(client.download_artifacts(version.run_id, "model", str(tmp_path / name)))
+        assert folder.name == "model"
+        assert (folder / weights).read_bytes() == b"weights of " + (b"theirs" if key == "bridge" else name.encode())
+        told = json.loads((folder / "card.json").read_text())
+        assert (told["weights"], told["bridge"]) == (weights, "linear")
+        assert told["apply"].startswith("to compare with old vectors, this model's: unit vectors through bridge/")
+        rows = torch.nn.functional.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+        wanted = map_rows(read_bridge(run_dir / "bridge"), rows)
+        assert torch.equal(map_rows(read_bridge(folder / "bridge"), rows), wanted)
+    capsys.readouterr()
 
 
 def test_other_bounds_json_and_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

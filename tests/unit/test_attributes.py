@@ -76,7 +76,7 @@ def test_quartiles_of_more_than_twelve(tmp_path: Path) -> None:
         (["name,a", "id-0,1"], "a.csv", "must be 'key' and at least one"),
         (["key", "id-0"], "a.csv", "must be 'key' and at least one"),
         (["key,a,a", "id-0,1,2"], "a.csv", "each once"),
-        (["key,a", "id-0,1", "id-0,2"], "a.csv", "1 keys twice"),
+        (["key,a", "id-0,1", "id-0,2"], "a.csv", "rows 1 and 2 below the head have one key"),
         (["key,a", "nobody,1"], "a.csv", "none of 1 keys names one of the 12"),
         (["key,a", "id-0,1,2,3"], "a.csv", "cannot be read"),
         (["key,a", *(f"{name},word{place}" for place, (_, name) in enumerate(IMAGES))], "a.csv", None),

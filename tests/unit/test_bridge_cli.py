@@ -117,8 +117,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         (tmp_path / "absent.npz", "is not a file"),
         (stored(tmp_path / "empty.npz", [], some_rows(0, 6, 1)), r"have the shape \(0, 6\)"),
         (objects, "holds objects"),
-        (stored(tmp_path / "short.npy", ["a"], some_rows(2, 6, 1)), "not one each"),
-        (stored(tmp_path / "long.npy", ["a", "b", "c"], some_rows(2, 6, 1)), "more keys or identities than the 2"),
+        (stored(tmp_path / "short.npy", ["a"], some_rows(2, 6, 1)), r"short\.keys\.txt ends at line 1; must have 2"),
+        (
+            stored(tmp_path / "long.npy", ["a", "b", "c"], some_rows(2, 6, 1)),
+            r"long\.keys\.txt:3: a line too many; must be 2",
+        ),
         (stored(tmp_path / "nameless.npz", ["a", ""], some_rows(2, 6, 1)), "row 2 is empty"),
     ]
     np.savez(tmp_path / "other.npz", names=np.array(["a"]), vectors=some_rows(1, 6, 1))
@@ -126,7 +129,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     np.save(tmp_path / "alone.npy", some_rows(2, 6, 1))
     cases.append((tmp_path / "alone.npy", "have no alone.keys.txt beside them"))
     pq.write_table(pa.table({"key": ["a", "b"], "vector": [[1.0, 2.0], [1.0]]}), tmp_path / "ragged.parquet")
-    cases.append((tmp_path / "ragged.parquet", "another length than the first"))
+    cases.append((tmp_path / "ragged.parquet", "row 2 has a vector of 1 numbers, the first row of 2"))
     pq.write_table(pa.table({"id": ["a"], "vector": [[1.0]]}), tmp_path / "columns.parquet")
     cases.append((tmp_path / "columns.parquet", "has the columns id, vector"))
     for name, source in (("cut.npz", "nameless.npz"), ("cut.parquet", "ragged.parquet")):

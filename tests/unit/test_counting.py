@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError
 from lce_dist.evaluation import counting
 from lce_dist.evaluation.counting import NUM_LEVELS, PairCounts, count_at_all_levels, count_pairs
 from lce_dist.evaluation.embeddings import EmbeddingSet
@@ -103,6 +103,77 @@ def test_estimates_below_the_cut_fill_the_sum_and_look_like_the_whole() -> None:
     assert near.exact_up_to_far == fast.exact_up_to_far
 
 
+def normal(num: int, common: float, seed: int = 1, dim: int = 64) -> EmbeddingSet:
+    """Unit vectors around likes, with a share of one direction that all of them have."""
+    draw = np.random.default_rng(seed)
+    labels = np.arange(num) % (num // 4)
+    rows = np.random.default_rng(2).normal(size=(num // 4, dim))[labels] + 1.3 * draw.normal(size=(num, dim))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[:, 0] += common
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return EmbeddingSet("m", rows.astype(np.float32), labels.astype(np.int64), np.arange(num))
+
+
+def unrounded(one: EmbeddingSet, far: float) -> float:
+    """TAR at FAR of scores in float64, as they are."""
+    score = one.vectors_ND.astype(np.float64) @ one.vectors_ND.astype(np.float64).T
+    same = one.labels_N[:, None] == one.labels_N
+    impostor = np.sort(score[~same])[::-1]
+    return float(np.mean(score[same & ~np.eye(len(score), dtype=bool)] > impostor[int(far * len(impostor))]))
+
+
+def test_rounding_moves_tar_by_no_more_than_is_said() -> None:
+    moved = 0.0
+    for common in (0.0, 30.0, 100.0, 300.0):  # cosines near 1 - 1e-3, 1e-4, 1e-5
+        one = normal(600, common)
+        result = result_of(count_pairs(one, one, FARS), FARS)
+        for far in FARS:
+            off = abs(result.tar_at_far[repr(far)] - unrounded(one, far))
+            assert off <= result.tar_error[repr(far)] + 1e-12, (common, far)
+            moved = max(moved, off)
+        # everything is said to be exact where it is, and to be coarse where it is
+        assert bool(result.coarse_at()) is (common > 0.0)
+        if common == 0.0:
+            assert max(result.tar_error.values()) < 1e-3
+    assert moved > 1e-3
+
+
+def test_rounding_errors_by_hand() -> None:
+    genuine_L, impostor_L = np.zeros(NUM_LEVELS, dtype=np.int64), np.zeros(NUM_LEVELS)
+    setting = 1_500_000  # level of the impostor that no false accept at all leaves out
+    impostor_L[[setting, 5]] = 1, 9
+    for level, count in ((setting - 2, 32), (setting - 1, 1), (setting, 2), (setting + 1, 4), (setting + 2, 8)):
+        genuine_L[level] = count
+    genuine_L[setting + 3] = 53
+    tar_F, far_F = PairCounts(genuine_L, impostor_L, 0, 0).rounding_errors([0.01])
+    assert (tar_F[0], far_F[0]) == (0.12, 0.1)
+    assert PairCounts(genuine_L, impostor_L, 0, 0).rounding_errors([1.0])[0][0] == 0.0
+
+
+@pytest.mark.usefixtures("small_squares")
+def test_counts_are_exact_down_to_a_threshold_that_is_kept() -> None:
+    one, other = corners(1, 333, 40), corners(4, 77, 40, 9000)
+    slow = count_at_all_levels(one, other)
+    for threshold in (0.25, -0.5, -1.0):
+        fast = count_pairs(one, other, [1e-3], down_to=threshold)
+        assert fast.exact_from <= counting.level_of(threshold)
+        assert (fast.far_from(threshold), fast.tar_from(threshold)) == (
+            slow.far_from(threshold),
+            slow.tar_from(threshold),
+        )
+    assert count_pairs(one, other, [1e-3]).exact_from > counting.level_of(0.25)
+
+
+def test_the_sample_that_places_the_cut_is_of_many_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(counting, "_SAMPLE_PAIRS", 1 << 12)
+    monkeypatch.setattr(counting, "count_at_all_levels", lambda *pair: seen.append(pair) or count_at_all_levels(*pair))
+    one = corners(1, 3000, 40)
+    counting._sample(one, one)
+    ((query, gallery),) = seen
+    assert (len(query.labels_N), len(gallery.labels_N)) == (64, 64)
+
+
 def test_shares_at_a_threshold_by_hand() -> None:
     genuine_L, impostor_L = np.zeros(NUM_LEVELS, dtype=np.int64), np.zeros(NUM_LEVELS)
     for score, genuine, impostor in ((0.75, 1, 0), (0.5, 2, 1), (0.25, 1, 3)):
@@ -121,11 +192,11 @@ def test_shares_at_a_threshold_by_hand() -> None:
 @pytest.mark.usefixtures("small_squares")
 def test_refusals() -> None:
     alone = corners(1, 100, 1)
-    with pytest.raises(RunError, match="0 impostor pairs"):
+    with pytest.raises(DataError, match="0 impostor pairs"):
         count_pairs(alone, alone, [0.1])
     vectors = np.eye(8, dtype=np.float32)
     nobody = EmbeddingSet("m", vectors, np.arange(8), np.arange(8))
-    with pytest.raises(RunError, match="0 genuine pairs"):
+    with pytest.raises(DataError, match="0 genuine pairs"):
         count_pairs(nobody, nobody, [0.1])
 
 

@@ -125,4 +125,6 @@ def test_report_entries_survive_json() -> None:
         "num_genuine": 120 * 5,
         "num_impostor": 120 * 114,
         "exact_up_to_far": 1.0,
+        "tar_error_at_far": matrix["new_old"].tar_error,
+        "far_error_at_far": matrix["new_old"].far_error,
     }

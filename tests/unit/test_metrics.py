@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError, RunError
 from lce_dist.evaluation.metrics import HISTOGRAM_EDGES, EmbeddingSet, compare, far_key
 
 Vectors = npt.NDArray[np.floating] | list[list[float]]
@@ -152,7 +152,7 @@ def sets_with_ties(draw: st.DrawFn) -> tuple[EmbeddingSet, EmbeddingSet]:
 def test_ties_agree_exactly_with_the_loop(sets: tuple[EmbeddingSet, EmbeddingSet]) -> None:
     genuine, impostor, first = slow_scores(*sets)
     if not genuine or not impostor:
-        with pytest.raises(RunError, match=f"0 {'impostor' if genuine else 'genuine'} pairs"):
+        with pytest.raises(DataError, match=f"0 {'impostor' if genuine else 'genuine'} pairs"):
             compare(*sets, FARS)
         return
     result = compare(*sets, FARS)
@@ -276,7 +276,7 @@ class TestBorder:
 
     def test_one_image_an_identity_has_no_genuine_pair(self) -> None:
         singles = embedding_set(np.eye(4), [0, 1, 2, 3])
-        with pytest.raises(RunError, match="0 genuine pairs"):
+        with pytest.raises(DataError, match="0 genuine pairs"):
             compare(singles, singles, FARS)
-        with pytest.raises(RunError, match="0 impostor pairs"):
+        with pytest.raises(DataError, match="0 impostor pairs"):
             compare(embedding_set(np.eye(2), [0, 0]), embedding_set(np.eye(2), [0, 0]), FARS)

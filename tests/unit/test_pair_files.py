@@ -395,6 +395,7 @@ HEAD = "first,second,genuine\n"
         (HEAD + "a,b,1\nb,a,1\nc,a,0\na,b,0\n", r"p.csv:5: the pair of line 2 again \(1 such"),
         (HEAD + "a,b,1\nc,a,0\nc,a,0\na,b,1\n", r"p.csv:4: the pair of line 3 again \(2 such"),
         (HEAD + 'a,"b,1\n', "p.csv:2: not CSV"),
+        (HEAD + 'a,b,1\n"c,d,1\n' + "e,f,0\n" * 20, r"p.csv:3: not CSV \(a quote that is not closed"),
     ],
 )
 def test_lists_of_pairs_that_are_wrong(tmp_path, text, words):

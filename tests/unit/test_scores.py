@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lce_dist.errors import RunError
+from lce_dist.errors import DataError, RunError
 from lce_dist.evaluation import scores
 from lce_dist.evaluation.bootstrap import count_by_identity, interval, resampled_tars, tar_interval
 from lce_dist.evaluation.generations import Generations, compare_generations
@@ -107,7 +107,7 @@ def test_what_a_kept_threshold_reaches(monkeypatch: pytest.MonkeyPatch, block: i
         low, high = (np.mean([level >= found.threshold * 2**20 + d for level in levels]) for d in (1, -1))
         assert low <= share <= high
     assert found.far != pytest.approx(FAR, abs=1e-3)  # an operating point that did move
-    with pytest.raises(RunError, match="0 genuine"):
+    with pytest.raises(DataError, match="0 genuine"):
         reached_at((embedding_set(np.eye(2), np.arange(2)), embedding_set(np.eye(2), np.arange(2))), 0.5)
 
 
