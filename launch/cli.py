@@ -26,6 +26,7 @@ from launch.kubernetes import OVERLAYS
 from launch.kubernetes_cli import add_kubernetes_commands, submit_to_kubernetes
 from launch.methods_cli import add_methods_command
 from launch.runs_cli import add_run_commands, node_range
+from launch.sync_cli import add_sync_command
 from lce_dist.config import Config, load_config, parse_config
 from lce_dist.errors import ConfigError, Interrupted, LceError
 
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate_commands(commands)
     add_gate_command(commands)
     add_generations_command(commands)
+    add_sync_command(commands)
     add_methods_command(commands)
     add_run_commands(commands)
     add_kubernetes_commands(commands)

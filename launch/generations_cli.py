@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lce_dist.errors import ConfigError, DataError
+from launch.destinations import check_destination, write_whole
+from lce_dist.errors import ConfigError, DataError, SetupError
+from lce_dist.mlflow_client import redact
 
 if TYPE_CHECKING:  # heavy imports wait until the command runs
     import torch
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # heavy imports wait until the command runs
     from pipelines.manifest import IdentitySplit, PackedDataset, View
 
 _BLOCK_ROWS = 128
+_MLFLOW_S = 60.0
 
 
 def add_generations_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,12 +38,16 @@ def add_generations_command(commands: argparse._SubParsersAction[argparse.Argume
         'model (old.weights = "RUN/new/model.safetensors"). Compares images of identities that none of them trained on:\n'
         "the matrix of TARs, AC (share of pairs of generations in which the newer model does better in the older one's\n"
         "gallery than the older one did) and AM (its mean). Maps of several upgrades are composed.",
-        epilog="example:\n  lce generations runs/first runs/second --out generations.json",
+        epilog="examples:\n  lce generations runs/first runs/second --out generations.json\n"
+        "  lce generations runs/first runs/second --mlflow",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     command.add_argument("--far", type=float, default=1e-2, help="FAR of the matrix (default: 0.01)")
     command.add_argument("--out", type=Path, metavar="FILE", help="a .json file; a picture, .png, is put beside it")
+    command.add_argument(
+        "--mlflow", action="store_true", help="log numbers and picture as a run, where the last RUN's config has MLflow"
+    )
     command.set_defaults(run=_generations)
 
 
@@ -56,6 +64,13 @@ class _Upgrade:
 def _generations(arguments: argparse.Namespace) -> None:
     if not 0.0 < arguments.far < 1.0:
         raise ConfigError(f"--far is {arguments.far}; must lie between 0 and 1")
+    out: Path | None = arguments.out
+    if out is not None:
+        if out.suffix != ".json":
+            raise ConfigError(
+                f"--out is {out}; must end in .json: the picture beside it is {out.with_suffix('.png').name}"
+            )
+        check_destination("--out", out)
     from rich.console import Console
 
     from launch.progress import RunProgress
@@ -66,26 +81,74 @@ def _generations(arguments: argparse.Namespace) -> None:
         found = generations_of(upgrades, arguments.far, progress.count)
     for line in lines_of(found, arguments.far):
         print(line)
-    if arguments.out is not None:
-        out: Path = arguments.out
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        partial.write_text(json.dumps(plain(found, arguments.far), indent=2) + "\n")
-        partial.replace(out)
+    if arguments.mlflow:
+        print(_tell_mlflow(upgrades[-1], found, arguments.far))
+    if out is not None:
+        write_whole(out, json.dumps(plain(found, arguments.far), indent=2) + "\n")
         generations_heat_map(found, arguments.far).savefig(out.with_suffix(".png"), dpi=150)
         print(f"{out} and {out.with_suffix('.png')}")
 
 
+def _tell_mlflow(last: _Upgrade, found: Generations, far: float) -> str:
+    """A run of its own, named after the models, with the matrix as metrics, picture and JSON; returns what was done.
+
+    Errors: SetupError when MLflow does not take it in a minute; nothing is left to be sent later.
+    """
+    from lce_dist.evaluation.figures import generations_heat_map
+    from lce_dist.tracking import Tracker, tracking_uri
+
+    runs_dir = last.directory.resolve().parent
+    name = " > ".join(found.names)
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = Tracker(last.config.tracking, Path(folder), name, runs_dir)
+        tracker.start_run("generations", name, tags={"lce.generations": name})
+        tracker.log_params("generations", {"far": far, "last": last.directory.name, "models": len(found.names)})
+        tracker.log_metrics("generations", metrics_of(found), 0)
+        for file, write in (
+            ("generations.json", lambda path: path.write_text(json.dumps(plain(found, far), indent=2) + "\n")),
+            ("generations.png", lambda path: generations_heat_map(found, far).savefig(path, dpi=150)),
+        ):
+            write(Path(folder) / file)
+            tracker.log_file("generations", Path(folder) / file)
+        text = "\n".join(["```", *lines_of(found, far), "```"])
+        tracker.set_tags("generations", {"mlflow.note.content": text})
+        tracker.end_run("generations")
+        uri = redact(tracking_uri(last.config.tracking, runs_dir))
+        if not tracker.close(_MLFLOW_S):
+            raise SetupError(
+                f"MLflow at {uri} did not take the matrix in {_MLFLOW_S:.0f} s; start it and run the command again"
+            )
+        return f"MLflow: run {tracker.run_ids()['generations']} at {uri}"
+
+
+def metrics_of(found: Generations) -> dict[str, float]:
+    """By names that MLflow groups: each cell's TARs and rank-1, AC and AM."""
+    metrics = {"generations/AC": found.average_compatibility, "generations/AM": found.average_metric}
+    for (i, j), cell in found.cells.items():
+        pair = f"{found.names[i]}_in_{found.names[j]}"
+        metrics[f"rank1/{pair}"] = cell.rank1
+        metrics |= {f"tar_at_far_{key}/{pair}": tar for key, tar in cell.tar_at_far.items()}
+    return metrics
+
+
 def lines_of(found: Generations, far: float) -> list[str]:
     """The matrix as text: a line a query model."""
-    width = max(9, *(len(name) for name in found.names))
+    width = max(9, *(len(name) for name in found.names), *(len(_cell(found, i, i)) for i in range(len(found.names))))
     lines = [f"TAR at FAR {far:g}: query model down, gallery model across"]
     lines.append(" " * width + "".join(f"  {name:>{width}}" for name in found.names))
     for i, name in enumerate(found.names):
-        cells = (f"{found.tar_GG[i, j]:.3f}" if j <= i else "" for j in range(len(found.names)))
+        cells = (_cell(found, i, j) if j <= i else "" for j in range(len(found.names)))
         lines.append(f"{name:>{width}}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    if found.intervals:
+        lines.append("in brackets: 95 % of samples of identities")
     lines.append(f"AC {found.average_compatibility:.3f}, AM {found.average_metric:.3f}")
     return lines
+
+
+def _cell(found: Generations, i: int, j: int) -> str:
+    known = found.intervals.get((i, j))
+    value = f"{found.tar_GG[i, j]:.3f}"
+    return value if known is None else f"{value} ({known.low:.3f} to {known.high:.3f})"
 
 
 def plain(found: Generations, far: float) -> dict[str, Any]:
@@ -97,6 +160,19 @@ def plain(found: Generations, far: float) -> dict[str, Any]:
         "names": list(found.names),
         "far": far,
         "tar": rows,
+        "cells": [
+            {
+                "query": found.names[i],
+                "gallery": found.names[j],
+                "tar_at_far": dict(cell.tar_at_far),
+                "threshold_at_far": dict(cell.threshold_at_far),
+                "rank1": cell.rank1,
+                "low": found.intervals[i, j].low,
+                "high": found.intervals[i, j].high,
+                "level": found.intervals[i, j].level,
+            }
+            for (i, j), cell in sorted(found.cells.items())
+        ],
         "average_compatibility": found.average_compatibility,
         "average_metric": found.average_metric,
     }
@@ -144,11 +220,12 @@ def generations_of(upgrades: Sequence[_Upgrade], far: float, progress: Callable[
         net, dim = _new_of(upgrade, device), upgrade.config.new.embedding_dim
         sets.append(_embedded(net, dim, upgrade, view, upgrade.directory.name, device))
     progress("embedding", len(sets), len(sets))
+    fars, seed = upgrades[-1].config.evaluation.fars, upgrades[-1].config.run.seed
     if manner == "direct":
-        return compare_generations(sets, far)
+        return compare_generations(sets, far, more_fars=fars, seed=seed)
     bridges = [read_bridge(upgrade.directory / "bridge") for upgrade in upgrades]
     maps = [lambda rows, bridge=bridge: map_rows(bridge, torch.from_numpy(rows)).numpy() for bridge in bridges]
-    return compare_generations(sets, far, maps, manner)
+    return compare_generations(sets, far, maps, manner, fars, seed)
 
 
 def _unseen(upgrades: Sequence[_Upgrade]) -> View:

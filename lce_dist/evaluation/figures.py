@@ -105,7 +105,11 @@ def generations_heat_map(generations: Generations, far: float) -> Figure:
         for column in range(row + 1):
             value = generations.tar_GG[row, column]
             colour = "white" if value > 0.55 else "black"
+            known = generations.intervals.get((row, column))
             axes.text(column, row, f"{value:.4f}", ha="center", va="center", color=colour, fontsize=14.0)
+            if known is not None:
+                spread = f"{known.low:.3f} to {known.high:.3f}"
+                axes.text(column, row + 0.22, spread, ha="center", va="center", color=colour, fontsize=8.5)
             if column < row:
                 met = value > generations.tar_GG[column, column]
                 for edge, width in (("white", 8), (_MET if met else _NOT_MET, 4)):

@@ -22,8 +22,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from launch.cli import main
 from launch.mlflow_server import UI_ENVIRONMENT, ui_command
-from lce_dist.config import TrackingConfig
+from lce_dist.config import TrackingConfig, load_config
 from lce_dist.errors import ConfigError, RunError
 from lce_dist.mlflow_client import redact
 from lce_dist.registry import log_run_file, set_model_alias, tag_run
@@ -32,6 +33,9 @@ from lce_dist.tracking import Tracker, tracking_uri
 
 BLOCKED_S = 0.020
 ROOT = Path(__file__).resolve().parents[2]
+
+
+QUICKSTART = ROOT / "configs" / "quickstart.toml"
 
 
 @pytest.fixture(autouse=True)
@@ -259,6 +263,34 @@ def test_a_run_with_the_server_killed_twice_has_the_points_of_an_undisturbed_one
         assert len(client.get_run(run_id).inputs.dataset_inputs) == 1
     assert len(client.search_runs([client.get_experiment_by_name("twice").experiment_id])) == 2
     assert sorted(call_s)[len(call_s) // 2] < 0.005  # the median; MLflow's own call waits 247 s for a dead server
+
+
+def test_sync_sends_what_waits_without_training(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "runs" / "late"
+    run_dir.mkdir(parents=True)
+    config = load_config(QUICKSTART, ["run.name=late", f'tracking.uri="{server.uri}"'])
+    (run_dir / "resolved.json").write_text(json.dumps(config.model_dump(mode="json")))
+    assert main(["sync", str(run_dir)]) == 2
+    assert "holds no tracking.jsonl" in capsys.readouterr().err
+    tracker = Tracker(config.tracking, run_dir, "late", tmp_path / "runs")
+    tracker.start_run("new", "new")
+    for step in range(5):
+        tracker.log_metrics("new", {"loss/total": float(step)}, step)
+    tracker.end_run("new")
+    assert not tracker.close(0.2)
+    assert main(["sync", str(run_dir), "--timeout", "2"]) == 4
+    caught = capsys.readouterr().err.splitlines()[-1]
+    assert f"has not taken 7 of 7 events of {run_dir}" in caught
+    server.start()
+    server.wait()
+    assert main(["sync", str(run_dir)]) == 0
+    assert "7 events sent" in capsys.readouterr().out
+    run_id = json.loads((run_dir / "tracking.json").read_text())["runs"]["new"]
+    assert _points(_client(server.uri), run_id, "loss/total") == [(step, float(step)) for step in range(5)]
+    assert main(["sync", str(run_dir)]) == 0
+    assert "0 events sent" in capsys.readouterr().out
 
 
 def test_a_server_that_is_slow_refuses_or_takes_without_saying_so_gets_everything_once(

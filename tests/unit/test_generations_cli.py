@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -82,14 +83,36 @@ def linear(seed: int) -> Callable[[np.ndarray], np.ndarray]:
 
 
 @pytest.mark.parametrize("manner", ["direct", "backward", "forward"])
-def test_the_matrix_is_that_of_the_runs_models_and_maps(runs: Runs, manner: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_matrix_is_that_of_the_runs_models_and_maps(
+    runs: Runs, manner: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chain = two(runs, f"training-{manner}")
-    out = runs.folder / "pictures" / "generations.json"
+    out = runs.folder / "generations.json"
     assert main(["generations", *chain, "--far", "0.1", "--out", str(out)]) == 0
     told = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["names"] == ["old", "first", "second"] and out.with_suffix(".png").stat().st_size > 10_000
     assert "AC " in told and "second" in told
+    for cell in found["cells"]:
+        row, column = (found["names"].index(cell[side]) for side in ("query", "gallery"))
+        assert cell["tar_at_far"]["0.1"] == found["tar"][row][column]
+        assert cell["low"] <= found["tar"][row][column] <= cell["high"] and set(cell["tar_at_far"]) == {
+            "0.1",
+            "0.01",
+            "0.001",
+        }
+    assert len(found["cells"]) == 6
+    if manner == "direct":
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main(["generations", *chain, "--far", "0.1", "--mlflow"]) == 0
+        said = capsys.readouterr().out.splitlines()[-1]
+        client = mlflow.MlflowClient(f"sqlite:///{runs.folder}/mlflow.db")
+        run = client.get_run(said.split()[2])
+        assert run.info.run_name == "old > first > second" and run.info.status == "FINISHED"
+        assert run.data.metrics["tar_at_far_0.1/second_in_old"] == pytest.approx(found["tar"][2][0])
+        assert {"rank1/second_in_old", "generations/AC", "tar_at_far_0.001/first_in_first"} <= run.data.metrics.keys()
+        names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+        assert names == {"generations.json", "generations.png"}
     # by hand: the same images through each network
     config = parse_config(runs.values("training-direct", net="tiny8"), "test", json_mode=True)
     dataset = prepare_data(config.data, runs.folder / ".cache", lambda what, done, of: None)
