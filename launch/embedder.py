@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,8 +118,9 @@ def _of_folder(path: Path, device: torch.device) -> Embedder:
         with safe_open(weights, "pt") as file:
             card = file.metadata() or {}
         net, dim, size = card["net"], int(card["embedding_dim"]), int(card["image_size"])
-        said: dict[str, Any] = json.loads(card.get("input", "{}"))
-        seen = InputSpec(**{key: tuple(one) if isinstance(one, list) else one for key, one in said.items()})
+        said: Any = json.loads(card.get("input", "{}"))
+        said = {key: tuple(one) if isinstance(one, list) else one for key, one in said.items()}
+        seen = InputSpec(**said)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} holds no {_WEIGHTS}; name a stage of a run (RUN_DIR/NAME/new), or a model file"
