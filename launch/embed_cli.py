@@ -21,7 +21,7 @@ def add_embed_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "is given again. Only you can read the file. No program in a model file is executed.",
         epilog="examples:\n"
         "  lce embed runs/quickstart/new photos --out new.parquet\n"
-        "  lce embed w600k_r50.onnx photos --out old.parquet --mean 127.5 127.5 127.5 --std 127.5 127.5 127.5\n"
+        "  lce embed old.onnx photos --out old.parquet --mean 127.5 127.5 127.5 --std 127.5 127.5 127.5\n"
         "  lce embed backbone.pth s3://bucket/packed --net iresnet50 --embedding-dim 512 --out new.npz --flip-average\n"
         "  lce embed runs/mine/old gallery --out upgraded.parquet --bridge runs/mine/bridge",
         formatter_class=argparse.RawDescriptionHelpFormatter,

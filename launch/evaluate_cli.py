@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # heavy imports wait until a command needs them
     from matplotlib.figure import Figure
 
     from launch.loaded_vectors import LoadedVectors
-    from launch.protocol_files import PeopleList, TemplateList
+    from launch.protocol_files import PairList, PeopleList, TemplateList
     from lce_dist.evaluation.embeddings import EmbeddingSet
     from lce_dist.evaluation.verification import Roc
 
@@ -58,6 +58,12 @@ def add_evaluate_commands(commands: argparse._SubParsersAction[argparse.Argument
         "--folds", type=int, default=10, help="blocks of the list, 0 for none (default: 10, or LFW's own)"
     )
     pairs.add_argument("--suffix", default=".jpg", help="of LFW's keys NAME/NAME_0001.jpg (default: .jpg)")
+    pairs.add_argument(
+        "--old",
+        type=Path,
+        metavar="FILE",
+        help="the old model's vectors: also count pairs whose decision changes from them",
+    )
     _add_fars(pairs, "--far", (1e-3, 1e-2))
     _add_common(pairs, _pairs, keep=False)
 
@@ -207,6 +213,7 @@ class _Sides:
 
 def _pairs(arguments: argparse.Namespace) -> None:
     from launch.protocol_files import read_pairs
+    from launch.protocol_intervals import drawn_pairs, pair_intervals, right_by_folds
     from lce_dist.evaluation.protocol_figures import curve_points, verification_curves
     from lce_dist.evaluation.verification import accuracy_by_folds, roc_of_scores, score_pairs
 
@@ -219,6 +226,7 @@ def _pairs(arguments: argparse.Namespace) -> None:
     score_P = score_pairs(query, gallery, listed.first_P, listed.second_P)
     roc = roc_of_scores(score_P, listed.genuine_P)
     rows, numbers = _verification(roc, listed.genuine_P, arguments.far)
+    right_P = None
     if arguments.folds:
         accuracy = accuracy_by_folds(score_P, listed.genuine_P, arguments.folds, listed.fold_P)
         num_folds = len(accuracy.accuracy_K)
@@ -229,15 +237,50 @@ def _pairs(arguments: argparse.Namespace) -> None:
             "folds": accuracy.accuracy_K.tolist(),
             "thresholds": accuracy.threshold_K.tolist(),
         }
+        right_P = right_by_folds(score_P, listed.genuine_P, accuracy.threshold_K, listed.fold_P)
+    drawn = drawn_pairs(score_P, listed, sides.query.identities, sides.gallery.identities, sides.image_numbers())
+    old_P = None
+    if arguments.old is not None:
+        old_P = _old_scores(arguments, sides, listed)
+    pair_intervals(rows, numbers, drawn, arguments.far, right_P, old_P)
     title = f"1:1, {arguments.list.name}"
     points = curve_points(roc, numbers["num_impostor"])
     _tell(arguments, title, rows, numbers, lambda title: verification_curves(points, title))
+
+
+def _old_scores(arguments: argparse.Namespace, sides: _Sides, listed: PairList) -> npt.NDArray[np.float64]:
+    """Scores of the listed pairs by old vectors alone. Errors: DataError for an image that has none."""
+    import numpy as np
+    from rich.console import Console
+
+    from launch.loaded_vectors import check_identities, load_vectors
+    from launch.progress import RunProgress
+    from lce_dist.evaluation.embeddings import EmbeddingSet
+    from lce_dist.evaluation.verification import score_pairs
+
+    with RunProgress(Console(stderr=True)) as progress:
+        old = load_vectors(arguments.old, arguments.lengths, None, progress)
+    rows = []
+    for side, row_P in ((sides.query, listed.first_P), (sides.gallery, listed.second_P)):
+        check_identities(side, old)
+        keys = list(side.row_of)
+        missing = next((row for row in row_P.tolist() if keys[row] not in old.row_of), None)
+        if missing is not None:
+            raise DataError(
+                f"--old {old.path} lacks the key of row {missing + 1} of {side.path}, which the list names; must hold every image "
+                "of the list. Embed it with the old model"
+            )
+        rows.append(np.array([old.row_of[keys[row]] for row in row_P.tolist()], dtype=np.int64))
+    label_N = np.zeros(len(old.row_of), dtype=np.int64)
+    one = EmbeddingSet(old.path.name, old.rows_ND, label_N, np.arange(len(label_N)))
+    return score_pairs(one, one, rows[0], rows[1])
 
 
 def _templates(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from launch.protocol_files import Known, read_pairs, read_templates
+    from launch.protocol_intervals import drawn_pairs, pair_intervals, people_of_templates
     from lce_dist.evaluation.protocol_figures import curve_points, verification_curves
     from lce_dist.evaluation.verification import roc_of_scores, score_pairs
 
@@ -250,9 +293,13 @@ def _templates(arguments: argparse.Namespace) -> None:
     gallery = _pooled(sides.gallery, listed, pairs.second_P)
     first_P = np.searchsorted(query.sample_ids_N, pairs.first_P)
     second_P = np.searchsorted(gallery.sample_ids_N, pairs.second_P)
-    roc = roc_of_scores(score_pairs(query, gallery, first_P, second_P), pairs.genuine_P)
+    score_P = score_pairs(query, gallery, first_P, second_P)
+    roc = roc_of_scores(score_P, pairs.genuine_P)
     rows, numbers = _verification(roc, pairs.genuine_P, arguments.far)
     numbers |= {"num_templates": len(listed.number_of), "weighted": listed.weight_R is not None}
+    first, second = (people_of_templates(listed, one.row_of, one.identities) for one in (sides.query, sides.gallery))
+    template_N = np.arange(len(listed.number_of))
+    pair_intervals(rows, numbers, drawn_pairs(score_P, pairs, first, second, (template_N, template_N)), arguments.far)
     points = curve_points(roc, numbers["num_impostor"])
     title = f"1:1 of templates, {arguments.list.name}"
     _tell(arguments, title, rows, numbers, lambda title: verification_curves(points, title))
@@ -262,6 +309,7 @@ def _identify(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from launch.protocol_files import Known, read_people, read_templates
+    from launch.protocol_intervals import identification_intervals
     from lce_dist.evaluation.embeddings import EmbeddingSet
     from lce_dist.evaluation.identification import identify
     from lce_dist.evaluation.metrics import far_key
@@ -309,11 +357,13 @@ def _identify(arguments: argparse.Namespace) -> None:
         "threshold_at_fpir": dict(zip(keys, threshold_F.tolist(), strict=True)),
         "rank": ranks,
     }
+    identification_intervals(rows, numbers, found, sets[0].labels_N, arguments.fpir, arguments.rank)
     title = f"1:N, {arguments.probes.name} among {arguments.enrolled.name}"
     _tell(arguments, title, rows, numbers, lambda title: identification_curves(found, title))
 
 
 def _retrieve(arguments: argparse.Namespace) -> None:
+    from launch.protocol_intervals import retrieval_intervals
     from lce_dist.evaluation.protocol_figures import retrieval_curve
     from lce_dist.evaluation.retrieval import retrieve
 
@@ -346,6 +396,7 @@ def _retrieve(arguments: argparse.Namespace) -> None:
         "map_at_r": found.map_at_r,
         "rank": ranks,
     }
+    retrieval_intervals(rows, numbers, found, query.labels_N, arguments.rank)
     _tell(arguments, title, rows, numbers, lambda title: retrieval_curve(found, len(gallery.labels_N), title))
 
 

@@ -36,7 +36,7 @@ _NUM_STEPS = 4
 class VectorFiles:
     """Where an upgrade's vectors lie. fit_on: old and new vectors of other people, for the rotation beside the report.
 
-    common: keys that some files lack are left out. lengths: of ``load_vectors``.
+    common: keys that some files lack are left out. lengths: of ``lce evaluate``.
     """
 
     old: Path

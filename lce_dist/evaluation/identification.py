@@ -36,13 +36,16 @@ class Identification:
     """Rank (M,) of each mated probe's mate, 1 = first; curve: threshold, FPIR (its ``far_P``) and TPIR (its ``tar_P``).
 
     FPIR: share of the non-mated probes that anybody is returned for. TPIR: share of the mated probes whose mate is first
-    and is returned.
+    and is returned. mated_N: which probes have a mate; score_N: what a probe is returned with: the mate's score, and where it is
+    not first -inf; of a non-mated probe the best of anybody.
     """
 
     rank_M: Ints
     curve: Roc
     num_nonmated: int
     num_identities: int
+    mated_N: npt.NDArray[np.bool_]
+    score_N: Floats
 
     def rank_rate(self, k: int) -> float:
         """Share of the mated probes whose mate is among the first ``k``."""
@@ -96,7 +99,8 @@ def identify(probe: EmbeddingSet, gallery: EmbeddingSet, enrolment: Enrolment = 
     rank_M = ahead_N[mated_N] + 1
     accepted = mate_N[mated_N][rank_M == 1]
     curve = roc_of_two(accepted, best_N[~mated_N], len(rank_M))
-    return Identification(rank_M, curve, int(np.count_nonzero(~mated_N)), len(identity_I))
+    score_N = np.where(mated_N, np.where(ahead_N == 0, mate_N, -np.inf), best_N)
+    return Identification(rank_M, curve, int(np.count_nonzero(~mated_N)), len(identity_I), mated_N, score_N)
 
 
 def mean_of_identities(gallery: EmbeddingSet) -> EmbeddingSet:
