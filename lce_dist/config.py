@@ -281,7 +281,7 @@ MARGIN_KEYS: dict[str, tuple[str, ...]] = {
 
 Manner = Literal["direct", "backward", "forward"]
 BridgeKind = Literal["auto", "stacked", "linear", "mlp", "orthogonal", "procrustes", "least_squares", "paper", "fct"]
-MOST_MAPPED_CLASSES = 1024  # of a step, over all ranks, unless align_share says otherwise: 4 % of a step at 100,000
+MOST_MAPPED_CLASSES = 128  # of a step, over all ranks, unless align_share says otherwise; see docs/study.md, Cost
 
 
 class CompatConfig(_Section):
@@ -328,6 +328,15 @@ class CompatConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairs_need_a_map(self) -> CompatConfig:
+        if self.pair_weight > 0.0 and self.manner == "direct":
+            raise ValueError(
+                f"pair_weight is {self.pair_weight}; it draws mapped vectors to the other model's, and mode {self.mode!r} maps "
+                "none. Remove it, or use a backward or forward mode"
+            )
+        return self
+
     @property
     def manner(self) -> Manner:
         """The second half of ``mode``."""
@@ -356,12 +365,14 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
     """Default weights of LCE under the head's scale: the slopes of the classification loss grow with it, so must theirs.
 
     Through maps a quarter of the alignment: more of it holds the new rows in the old space's dimensions, for nothing.
-    Chosen by ``benchmarks.compatibility`` (DESIGN.md, 2026-11-23). Where both models exist there is no such loss: equal weights.
+    Chosen by ``benchmarks.compatibility``; the pair term on identities that it does not test on (docs/study.md). Where both models
+    exist there is no such loss: equal weights.
     """
     if mode.startswith("mapping-"):
-        return {"align_weight": 1.0, "boundary_weight": 1.0}
+        return {"align_weight": 1.0, "boundary_weight": 1.0, "pair_weight": 0.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
-    return {"align_weight": align, "boundary_weight": scale / 16.0}
+    pair = 0.0 if mode.endswith("-direct") else 0.25 * scale
+    return {"align_weight": align, "boundary_weight": scale / 16.0, "pair_weight": pair}
 
 
 _REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)

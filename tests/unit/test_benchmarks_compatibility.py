@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.compatibility import main
+from benchmarks.compatibility_cost import MANNERS, Turn, judge_cost
 from benchmarks.compatibility_data import Pictures, Share, augmented, faces, part_of, pictures_of
 from benchmarks.compatibility_plan import (
     ALL,
@@ -314,3 +315,15 @@ def test_a_mapped_and_a_trained_backward_cell_for_real(tmp_path: Path, capsys: p
     # what is done is not done again, and says the same
     assert main([*arguments, "--report"]) == 0
     assert json.loads(record.read_text())["raw"] == raw
+
+
+def test_what_each_manner_adds_to_a_step_is_judged() -> None:
+    added = {
+        "training-direct": (0.01, 0.02, 0.03),
+        "training-backward": (0.04, 0.2, 0.02),
+        "training-forward": (0.06, 0.07, 0.0),
+    }
+    turns = {name: [Turn(2.0, 2.0 * (1.0 + one)) for one in ratios] for name, ratios in added.items()}
+    marks = judge_cost(turns, 100)
+    assert [(round(float(mark.value), 6), mark.met) for mark in marks] == [(0.02, True), (0.04, True), (0.06, False)]
+    assert set(turns) == set(MANNERS)

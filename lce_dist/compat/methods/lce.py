@@ -38,8 +38,8 @@ class Lce(Method):
         frozenset({"centres"}),
         frozenset({"direct", "backward", "forward"}),
         "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks; nothing a image. Direct: inside the head's own "
-        "passes. With maps: two maps of at most 1,024 classes a step, and forward the old vectors of the batch",
-        BOUNDARY_KEYS | {"align_weight", "boundary_weight", "boundary", "seen_only", "align_share"},
+        "passes. With maps: two maps of at most 128 classes a step, one map of the batch, and the old model on the batch",
+        BOUNDARY_KEYS | {"align_weight", "boundary_weight", "boundary", "pair_weight", "seen_only", "align_share"},
     )
 
     def __init__(
