@@ -90,7 +90,7 @@ def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
         compat.pair_weight == 0.0
         and config_of({"mode": "training-backward", "preset": "paper"}).compat.pair_weight == 0.0
     )
-    with pytest.raises(ConfigError, match="pair_weight is 1.0; it draws mapped vectors"):
+    with pytest.raises(ConfigError, match=r"pair_weight is 1\.0; it draws mapped vectors"):
         config_of({"pair_weight": 1.0})
     assert config_of({"boundary_weight": 7.0}, head={"loss": "softmax", "scale": 32.0}).compat.boundary_weight == 7.0
     assert config_of({}, head={"loss": "softmax"}).compat == CompatConfig()  # whose defaults stand for the head's own
