@@ -182,7 +182,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--with-independent", action="store_true", help="also train the new model without compatibility, as a control"
     )
     parser.add_argument(
-        "--check", action="store_true", help="look at config, data, models, storage and MLflow, and train nothing"
+        "--check",
+        action="store_true",
+        help="look at config, data, models, storage, MLflow and memory, and train nothing; k8s: at what is seen from here",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="KIND",
+        help="h200, h100, a100 or l4, for the check of memory, where the cluster does not say it",
     )
     parser.add_argument("--fresh", action="store_true", help="forget what this run has done so far")
 
@@ -247,6 +254,7 @@ def _options(arguments: argparse.Namespace, on_cluster: bool) -> TrainOptions:
         on_cluster,
         least,
         arguments.check,
+        arguments.gpu,
     )
 
 

@@ -73,7 +73,7 @@ class KubernetesOptions:
     """What a submission adds to a config. Checked here: ConfigError names the option, its value and the rule.
 
     ``storage`` is the name of a claim. ``name`` is the run's name. min_nodes: the run starts on ``nodes`` and goes on with
-    as few as these while pods are replaced. queue: the LocalQueue of overlay ``kueue``.
+    as few as these while pods are replaced. queue: the LocalQueue of overlay ``kueue``. gpu: its kind, for the check of memory.
     """
 
     nodes: int
@@ -89,6 +89,7 @@ class KubernetesOptions:
     with_independent: bool = False
     min_nodes: int | None = None
     queue: str | None = None
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         if self.overlay not in _OVERLAYS:
@@ -190,7 +191,7 @@ def _check_platform(options: KubernetesOptions, config: Config) -> None:
         raise SetupError(
             f"namespace {options.namespace} is not set up (it has no ConfigMap {PLATFORM}). Ask the cluster's owner for: {setup}"
         )
-    outside = [(key, value) for key, value in _places(config) if "://" in value]
+    outside = [(key, value) for key, value in places(config) if "://" in value]
     if outside and about.get("data", {}).get("buckets") != "open":
         key, value = outside[0]
         raise SetupError(
@@ -205,7 +206,7 @@ def _checked_config(options: KubernetesOptions) -> Config:
         raise ConfigError(
             f"cluster.device is {config.cluster.device!r}; overlay {options.overlay!r} does not fit it. Use 'auto'"
         )
-    for key, value in _places(config):
+    for key, value in places(config):
         if "://" not in value and not value.startswith((f"{_DATA_DIR}/", f"{_RUN_DIR}/")):
             raise ConfigError(
                 f"{key} is {value!r}; pods see the folders {_DATA_DIR} and {_RUN_DIR} of the storage claim "
@@ -214,7 +215,7 @@ def _checked_config(options: KubernetesOptions) -> Config:
     return config
 
 
-def _places(config: Config) -> list[tuple[str, str]]:
+def places(config: Config) -> list[tuple[str, str]]:
     """Each file, folder or address that the config names, with the setting that names it."""
     values, found = config.model_dump(mode="json"), []
     for section, key in PLACES:
@@ -249,7 +250,7 @@ def _job_name(run: str, content: str) -> str:
 
 def _kustomization(options: KubernetesOptions, config: Config, name: str) -> dict[str, Any]:
     share = _OVERLAYS[options.overlay]
-    needs_bucket = not share.reaches_buckets and any("://" in value for _, value in _places(config))
+    needs_bucket = not share.reaches_buckets and any("://" in value for _, value in places(config))
     return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -280,6 +281,7 @@ def _job_patch(options: KubernetesOptions, config: Config, name: str) -> list[di
     )
     asked = [word for override in options.overrides for word in ("--set", override)]
     asked += ["--with-independent"] if options.with_independent else []
+    asked += ["--gpu", options.gpu] if options.gpu is not None else []
     entrypoint = " ".join([entrypoint, *map(shlex.quote, asked)])
     amounts = {"cpu": str(share.cpus * workers), "memory": f"{share.memory_gib * workers}Gi"}
     if options.gpus_per_node:

@@ -80,6 +80,7 @@ def kubernetes_options(arguments: argparse.Namespace, config: Config) -> Kuberne
         name=config.run.name,
         overrides=tuple(arguments.set),
         with_independent=arguments.with_independent,
+        gpu=arguments.gpu,
     )
 
 
@@ -88,6 +89,12 @@ def submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:
     options = kubernetes_options(arguments, config)
     if arguments.dry_run:
         print(render(options), end="")
+        return
+    if arguments.check:
+        from launch.kubernetes_check import look
+
+        for line in look(options, config):
+            print(line)
         return
     submitted = submit(options)
     job, run = f"{options.namespace}/{submitted.name}", config.run.name

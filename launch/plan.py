@@ -78,7 +78,7 @@ def _sizes(config: Config, asked: Asked) -> list[tuple[int, int]]:
             f"{given} is given without {missing}; a plan needs both, or neither to count the config's data"
         )
     if not asked.classes:
-        return [_counted(config)]
+        return [counted(config)]
     if len(asked.classes) != len(asked.images):
         raise ConfigError(
             f"--classes has {len(asked.classes)} numbers and --images {len(asked.images)}; must be as many, in one order"
@@ -86,7 +86,7 @@ def _sizes(config: Config, asked: Asked) -> list[tuple[int, int]]:
     return list(zip(asked.classes, asked.images, strict=True))
 
 
-def _counted(config: Config) -> tuple[int, int]:
+def counted(config: Config) -> tuple[int, int]:
     """Identities and images that the new model trains on, from the packed data set that the config names."""
     data = config.data
     if data.synthetic is not None:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from launch.plan import refusal
 from launch.prepare import Prepared
 from lce_dist import planning
 from lce_dist.config import Config
-from lce_dist.errors import SetupError
+from lce_dist.errors import ConfigError, SetupError
 from lce_dist.mlflow_client import redact
 from lce_dist.tracking import tracking_uri
 from lce_dist.world import World
@@ -26,6 +26,8 @@ from pipelines.manifest import PackedDataset
 
 _ANSWER_S = 5.0
 _GIB = 2**30
+# Ray's names of what lce plan knows; its plain "A100" has 40 or 80 GB
+_RAY_KINDS = {"H200": "h200", "H100": "h100", "A100-80G": "a100", "L4": "l4"}
 
 
 def check_writable(root: Path) -> None:
@@ -80,18 +82,76 @@ def unreachable_tracking(uri: str) -> str | None:
         return str(getattr(error, "reason", error))
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What is known of the GPUs that ranks would get; of several kinds the smallest."""
+
+    name: str
+    memory_bytes: float
+
+
+def gpu_here() -> Gpu | None:
+    """The smallest GPU of this machine; None where there is none."""
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    smallest = min(found, key=lambda device: device.total_memory, default=None)
+    return None if smallest is None else Gpu(smallest.name, float(smallest.total_memory))
+
+
+def gpu_of_kind(kind: str) -> Gpu:
+    """A kind by its name in ``lce plan``. Errors: ConfigError."""
+    if kind not in planning.MACHINES:
+        raise ConfigError(f"--gpu is {kind!r}; must be one of {', '.join(planning.MACHINES)}")
+    return Gpu(kind, planning.MACHINES[kind].memory_bytes)
+
+
+def gpu_of_cluster(kinds: Iterable[str]) -> Gpu | None:
+    """By Ray's names of accelerators (H100, A100-80G); None where one of them says nothing of its memory, or there is no name."""
+    known = [_RAY_KINDS.get(kind) for kind in kinds]
+    if not known or None in known:
+        return None
+    return min((gpu_of_kind(kind) for kind in known if kind is not None), key=lambda gpu: gpu.memory_bytes)
+
+
+def check_plan(
+    config: Config, num_classes: int, num_images: int, gpu: Gpu, num_nodes: int, ranks_per_node: int
+) -> float:
+    """Bytes of a rank's GPU that ``lce plan`` says the new model's training needs. Errors: SetupError when it has fewer."""
+    machine = dataclasses.replace(
+        planning.MACHINES["h200"], memory_bytes=gpu.memory_bytes
+    )  # its rates are of no account
+    where = (config, num_classes, num_images, machine, num_nodes, ranks_per_node)
+    made = planning.plan(*where)
+    if made.peak_bytes > gpu.memory_bytes:  # what only just fits is tried
+        raise refusal(dataclasses.replace(made, machine=gpu.name), planning.fixes(*where))
+    return made.peak_bytes
+
+
 def check_gpu_memory(config: Config, num_classes: int, num_images: int, world: World) -> None:
     """Whether this rank's GPU holds what ``lce plan`` says of the new model's training. Errors: SetupError."""
     if world.device.type != "cuda":
         return
-    total = torch.cuda.get_device_properties(world.device).total_memory
-    machine = dataclasses.replace(planning.MACHINES["h200"], memory_bytes=float(total))  # its rates are of no account
-    where = (config, num_classes, num_images, machine, world.num_nodes, max(1, world.size // world.num_nodes))
-    made = planning.plan(*where)
-    if made.peak_bytes > total:  # what only just fits is tried
-        raise refusal(
-            dataclasses.replace(made, machine=torch.cuda.get_device_name(world.device)), planning.fixes(*where)
-        )
+    device = torch.cuda.get_device_properties(world.device)
+    gpu = Gpu(device.name, float(device.total_memory))
+    check_plan(config, num_classes, num_images, gpu, world.num_nodes, max(1, world.size // world.num_nodes))
+
+
+def memory_note(
+    config: Config, sizes: tuple[int, int] | None, uses_gpus: bool, gpu: Gpu | None, num_nodes: int, ranks_per_node: int
+) -> str:
+    """What can be said of GPU memory before a GPU is taken; sizes: identities and images of the new training set.
+
+    Errors: SetupError when the plan does not fit.
+    """
+    if not uses_gpus:
+        return "GPU memory: no GPU is used"
+    if config.new.weights is not None:
+        return "GPU memory: nothing is trained, since new.weights is given"
+    if gpu is None:
+        return "GPU memory: not known, and looked at when the workers have their GPUs; --gpu KIND names what they are"
+    if sizes is None:
+        return "GPU memory: not known, since the data cannot be counted from here; lce plan says it for --classes and --images"
+    need = check_plan(config, *sizes, gpu, num_nodes, ranks_per_node)
+    return f"GPU memory: a rank needs {need / 1e9:.1f} GB by lce plan; {gpu.name} has {gpu.memory_bytes / 1e9:.1f} GB"
 
 
 def notes(config: Config, default_store: Path, dataset: PackedDataset) -> Iterator[str]:

@@ -241,10 +241,20 @@ def cluster_has_gpus(placement: Placement) -> bool:
     return _nodes_with("GPU", placement) >= placement.least_nodes
 
 
+def cluster_gpu_kinds(placement: Placement) -> set[str]:
+    """Ray's names of the GPUs of nodes that have enough of them, as far as the nodes say."""
+    names = {name for node in _fitting_nodes("GPU", placement) for name in node["Resources"]}
+    return {name.removeprefix("accelerator_type:") for name in names if name.startswith("accelerator_type:")}
+
+
 def _nodes_with(resource: str, placement: Placement) -> int:
+    return len(_fitting_nodes(resource, placement))
+
+
+def _fitting_nodes(resource: str, placement: Placement) -> list[dict[str, Any]]:
     import ray
 
-    return sum(n["Alive"] and n["Resources"].get(resource, 0) >= placement.workers_per_node for n in ray.nodes())
+    return [n for n in ray.nodes() if n["Alive"] and n["Resources"].get(resource, 0) >= placement.workers_per_node]
 
 
 def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:

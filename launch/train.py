@@ -16,10 +16,27 @@ from rich.console import Console
 
 from launch.gate import conclude_gate, judged_before
 from launch.job import BAD_IMAGES_FILE, Job
-from launch.preflight import check_space, check_writable, checkpoint_bytes, notes
+from launch.preflight import (
+    check_space,
+    check_writable,
+    checkpoint_bytes,
+    gpu_here,
+    gpu_of_cluster,
+    gpu_of_kind,
+    memory_note,
+    notes,
+)
 from launch.prepare import Prepared, claim_run_dir, fingerprint_of, prepare
 from launch.progress import RunProgress
-from launch.raytrain import Placement, cluster_has_gpus, given_cluster, local_gpus, local_nodes, train_on_ray
+from launch.raytrain import (
+    Placement,
+    cluster_gpu_kinds,
+    cluster_has_gpus,
+    given_cluster,
+    local_gpus,
+    local_nodes,
+    train_on_ray,
+)
 from launch.report import VERSION, open_report, pairs_table, read_report, result_table
 from launch.run_tracking import RunTracking, draw_curves
 from launch.runs import LOG_FILE, write_launch
@@ -37,7 +54,7 @@ _TOLD = "tracked"  # left in the run directory when MLflow has everything
 @dataclass(frozen=True)
 class TrainOptions:
     """What the command line adds to a config. min_nodes: with how few the run may go on (None: it needs
-    all). check_only: look at everything, train nothing.
+    all). check_only: look at everything, train nothing. gpu: what kind the GPUs are, where the cluster does not say it.
     """
 
     nodes: int
@@ -47,6 +64,7 @@ class TrainOptions:
     on_cluster: bool
     min_nodes: int | None = None
     check_only: bool = False
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         for flag, value in (("--nodes", self.nodes), ("--workers-per-node", self.workers_per_node)):
@@ -87,7 +105,7 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
         for text in notes(config, root, prepared.dataset):
             progress.note(text)
         if options.check_only:
-            _tell_checked(config, prepared, progress)
+            _tell_checked(config, options, prepared, progress)
             return {}
         if options.fresh:
             _forget(run_dir)
@@ -103,7 +121,7 @@ def train(config: Config, options: TrainOptions, console: Console) -> dict[str, 
     return _conclude(config, run_dir, console, None if finished else time.monotonic() - started_s)
 
 
-def _tell_checked(config: Config, prepared: Prepared, progress: RunProgress) -> None:
+def _tell_checked(config: Config, options: TrainOptions, prepared: Prepared, progress: RunProgress) -> None:
     split = prepared.split
     progress.note(
         f"data: {len(split.train)} identities to train on, {len(split.heldout)} held out; "
@@ -111,6 +129,11 @@ def _tell_checked(config: Config, prepared: Prepared, progress: RunProgress) -> 
     )
     size = checkpoint_bytes(config, prepared) / 2**20
     progress.note(f"storage: {config.run.dir} can be written; a checkpoint takes {size:,.0f} MiB")
+    if options.on_cluster:
+        with _cluster(config, options, progress) as placement:
+            progress.note(_memory(config, options, prepared, placement))
+    else:
+        progress.note(_memory(config, options, prepared, _here(config, options)))
     progress.note("checked: nothing was trained; the same command without --check trains")
 
 
@@ -133,6 +156,7 @@ def _run(
         tracking.open(config, prepared, options.nodes, options.nodes * options.workers_per_node)
         if not finished:
             with _cluster(config, options, progress) as placement:
+                _memory(config, options, prepared, placement)
                 job = Job(
                     config,
                     prepared.dataset.directory.resolve(),
@@ -215,7 +239,6 @@ def _is_judged(run_dir: Path, config: Config) -> bool:
 
 @contextmanager
 def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> Iterator[Placement]:
-    ranks = options.nodes * options.workers_per_node
     wanted = config.cluster.device
     nodes: AbstractContextManager[None]
     if options.on_cluster:
@@ -224,13 +247,31 @@ def _cluster(config: Config, options: TrainOptions, progress: RunProgress) -> It
             use_gpu = wanted == "gpu" or (wanted == "auto" and cluster_has_gpus(options.placement(use_gpu=True)))
             yield options.placement(use_gpu)
         return
-    gpus = local_gpus() if wanted != "cpu" else 0
-    if wanted == "gpu" and gpus < ranks:
-        raise SetupError(f"cluster.device is 'gpu'; this machine has {gpus} GPUs and {ranks} workers need one each")
-    placement = replace(options.placement(use_gpu=gpus >= ranks), on_loopback=True)
+    placement = _here(config, options)
     progress.note(f"starting {options.nodes} Ray nodes, {options.workers_per_node} worker(s) each, on this machine")
     with local_nodes(placement):
         yield placement
+
+
+def _here(config: Config, options: TrainOptions) -> Placement:
+    """Where workers of this machine would be. Errors: SetupError where GPUs are asked for that it does not have."""
+    ranks, wanted = options.nodes * options.workers_per_node, config.cluster.device
+    gpus = local_gpus() if wanted != "cpu" else 0
+    if wanted == "gpu" and gpus < ranks:
+        raise SetupError(f"cluster.device is 'gpu'; this machine has {gpus} GPUs and {ranks} workers need one each")
+    return replace(options.placement(use_gpu=gpus >= ranks), on_loopback=True)
+
+
+def _memory(config: Config, options: TrainOptions, prepared: Prepared, placement: Placement) -> str:
+    """What is known of GPU memory before a worker has a GPU. Errors: SetupError when the plan does not fit."""
+    gpu = None
+    if options.gpu is not None:
+        gpu = gpu_of_kind(options.gpu)
+    elif placement.use_gpu:
+        gpu = gpu_of_cluster(cluster_gpu_kinds(placement)) if options.on_cluster else gpu_here()
+    plan = prepared.plans.get("new")
+    sizes = None if plan is None else (plan.num_classes, plan.num_samples)
+    return memory_note(config, sizes, placement.use_gpu, gpu, placement.nodes, placement.workers_per_node)
 
 
 _VERDICTS: dict[bool | None, tuple[str, str]] = {

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.preflight import check_space, check_writable, checkpoint_bytes, unreachable_tracking
+from launch.preflight import (
+    Gpu,
+    check_plan,
+    check_space,
+    check_writable,
+    checkpoint_bytes,
+    gpu_of_cluster,
+    gpu_of_kind,
+    memory_note,
+    unreachable_tracking,
+)
 from launch.prepare import prepare
 from launch.runs_cli import node_range
 from launch.train import TrainOptions
@@ -56,7 +66,7 @@ def test_check_tells_what_would_be_and_leaves_no_run(workplace, capsys):
         "data: 8 identities to train on, 4 held out; old model: 2 steps; new model: 6 steps; independent model: 6"
         in told
     )
-    assert "checked: nothing was trained" in told
+    assert "checked: nothing was trained" in told and "GPU memory: no GPU is used" in told
     assert not (workplace / "runs" / "quickstart").exists()
 
 
@@ -105,6 +115,59 @@ def test_room_for_checkpoints(workplace, monkeypatch):
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(SetupError, match=r"GiB free; 2 checkpoints \(checkpoint.keep\) and the one"):
         check_space(config, prepared, workplace / "run")
+
+
+def test_memory_is_looked_at_before_a_gpu_is_taken(workplace):
+    config = load_config(workplace / "small.toml")
+    many = (10_000_000, 200_000_000)
+    need = check_plan(config, *many, gpu_of_kind("h200"), 1, 1)
+    assert need == pytest.approx(check_plan(config, *many, Gpu("a card", need + 1.0), 1, 1))
+    with pytest.raises(SetupError, match=r"needs .* GB a rank; a rank of a card can use"):
+        check_plan(config, *many, Gpu("a card", need - 1.0), 1, 1)
+    h200 = gpu_of_kind("h200")
+    assert f"a rank needs {need / 1e9:.1f} GB by lce plan; h200 has" in memory_note(config, many, True, h200, 1, 1)
+    assert "not known" in memory_note(config, many, True, None, 1, 1)
+    assert "not known" in memory_note(config, None, True, h200, 1, 1)
+    assert "no GPU" in memory_note(config, many, False, None, 1, 1)
+    with pytest.raises(ConfigError, match="--gpu is 'h300'; must be one of h200, h100, a100, l4"):
+        gpu_of_kind("h300")
+
+
+def test_what_a_cluster_says_of_its_gpus():
+    assert gpu_of_cluster({"H100", "L4"}) == gpu_of_kind("l4")
+    assert gpu_of_cluster({"A100-80G"}) == gpu_of_kind("a100")
+    for unknown in (set(), {"A100"}, {"H100", "V100"}):
+        assert gpu_of_cluster(unknown) is None
+
+
+def test_a_run_on_kubernetes_is_looked_at_from_here(workplace, capsys):
+    command = ["train", "--config", "small.toml", "--target", "k8s", "--nodes", "2", "--check"]
+    assert main([*command, "--gpu", "l4"]) == 0
+    told = capsys.readouterr().out
+    assert "data: 8 identities and 24 images to train on; the batch divides" in told
+    assert "GPU memory: a rank needs " in told and "l4 has 23.6 GB" in told
+    assert "the RayJob would be lce-dist/quickstart-" in told and "nothing was submitted" in told
+    assert main(command) == 0
+    assert "GPU memory: not known" in capsys.readouterr().out
+    for more, words in (
+        (["--nodes", "3"], "optim.global_batch is 8; must be a multiple of ranks"),
+        (["--gpu", "h300"], "--gpu is 'h300'"),
+        (["--set", "compat.method=nothing"], "compat.method"),
+        (
+            ["--set", "data.synthetic=none", "--set", 'data.shards="/somewhere/faces"'],
+            "data.shards is '/somewhere/faces'",
+        ),
+        (["--set", "data.synthetic.identities=4"], "data.heldout_identities"),
+    ):
+        assert main([*command, *more]) == 2, more
+        assert words in capsys.readouterr().err
+    big = ["--set", "data.synthetic.identities=400000000", "--gpu", "l4"]
+    assert main([*command, *big]) == 4
+    assert "a rank of l4 can use" in capsys.readouterr().err
+    inside = ["--set", "data.synthetic=none", "--set", 'data.shards="/data/faces"', "--gpu", "l4"]
+    assert main([*command, *inside]) == 0
+    told = capsys.readouterr().out
+    assert "data: in the claim" in told and "GPU memory: not known" in told and "what data.shards name there" in told
 
 
 def test_numbers_of_nodes():
