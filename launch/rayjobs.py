@@ -54,6 +54,16 @@ def jobs_of(run: str | None, namespace: str) -> list[RayJobLine]:
     return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 
 
+def profile_command(name: str, namespace: str, run: str, steps: int) -> str:
+    """What asks for a profile in the head pod of a RayJob that runs; a submitter's role may not. Errors: RunError, SetupError."""
+    job = json.loads(kubectl(["get", "rayjobs.ray.io", name, "--namespace", namespace, "--output", "json"]))
+    cluster = job.get("status", {}).get("rayClusterName")
+    if not cluster:
+        raise RunError(f"RayJob {namespace}/{name} has no Ray cluster; nothing trains that could be recorded")
+    inside = f"python -m launch.cli profile /runs/{run} --target local --steps {steps}"
+    return f"kubectl --namespace {namespace} exec service/{cluster}-head-svc -c ray-head -- {inside}"
+
+
 def job_logs(name: str, namespace: str) -> None:
     """Show what the RayJob's submitter has printed so far. Errors: SetupError."""
     arguments = ["logs", "--namespace", namespace, f"job/{name}"]

@@ -47,7 +47,7 @@ def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
         formatter_class=raw,
     )
     stop.add_argument(
-        "--timeout", type=float, default=120.0, metavar="SECONDS", help="here: wait so long (default: 120)"
+        "--timeout", type=float, default=120.0, metavar="SECONDS", help="here and on Ray: wait so long (default: 120)"
     )
     stop.set_defaults(run=_stop)
     resume = commands.add_parser(
@@ -57,7 +57,20 @@ def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
         formatter_class=raw,
     )
     resume.set_defaults(run=_resume)
-    for parser in (status, logs, stop, resume):
+    profile = commands.add_parser(
+        "profile",
+        help="record some steps of a run that trains: a trace for chrome://tracing or ui.perfetto.dev, and a table",
+        description="Ask the first rank of a run to record its next steps with torch.profiler, and wait for the result, which\n"
+        "is in RUN/STAGE/profiles and among the artifacts of the stage in MLflow. On a Ray cluster a job there asks; on Kubernetes the command\n"
+        "that asks in the run's head pod is shown.",
+        epilog="examples:\n  lce profile quickstart --steps 20\n  lce profile /runs/big --steps 5 --timeout 1800\n"
+        "  RAY_ADDRESS=http://HEAD:8265 lce profile quickstart",
+        formatter_class=raw,
+    )
+    profile.add_argument("--steps", type=int, default=20, metavar="N", help="how many, 1 to 1000 (default: 20)")
+    profile.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait so long (default: 600)")
+    profile.set_defaults(run=_profile)
+    for parser in (status, logs, stop, resume, profile):
         parser.add_argument(
             "which",
             nargs="?" if parser is status else None,
@@ -75,22 +88,22 @@ def add_run_commands(commands: argparse._SubParsersAction[argparse.ArgumentParse
         )
         parser.add_argument("--namespace", default="lce-dist", help="k8s: of the RayJobs (default: lce-dist)")
 
-    profile = commands.add_parser(
-        "profile",
-        help="record some steps of a run that trains: a trace for chrome://tracing or ui.perfetto.dev, and a table",
-        description="Ask the first rank of a run to record its next steps with torch.profiler, and wait for the result, which\n"
-        "is in RUN/STAGE/profiles and among the artifacts of the stage in MLflow. The run's directory must be seen from here.",
-        epilog="examples:\n  lce profile quickstart --steps 20\n  lce profile /runs/big --steps 5 --timeout 1800",
-        formatter_class=raw,
-    )
-    profile.add_argument("which", metavar="RUN", help="a name, or a run's directory")
-    profile.add_argument("--steps", type=int, default=20, metavar="N", help="how many, 1 to 1000 (default: 20)")
-    profile.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait so long (default: 600)")
-    profile.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
-    profile.set_defaults(run=_profile)
-
 
 def _profile(arguments: argparse.Namespace) -> None:
+    target = _target(arguments)
+    if target == "ray":
+        from launch.submit import profile_job
+
+        profile_job(arguments.which, arguments.steps, arguments.timeout)
+        return
+    if target == "k8s":
+        from launch.rayjobs import profile_command
+
+        job = _newest(arguments, target)
+        raise ConfigError(
+            f"lce profile asks by a file in the run's storage, which is in its pods. Who may enter them asks there: "
+            f"{profile_command(job, arguments.namespace, arguments.which, arguments.steps)}"
+        )
     from launch.runs import find_run, profile_run
 
     for path in profile_run(find_run(Path(arguments.which), arguments.run_dir), arguments.steps, arguments.timeout):
@@ -172,8 +185,8 @@ def _stop(arguments: argparse.Namespace) -> None:
         from launch.submit import stop_job
 
         job = _newest(arguments, target)
-        stop_job(job)
-        print(f"job {job} is asked to end")
+        stop_job(job, arguments.timeout)
+        print(f"job {job} has ended; lce resume {arguments.which} --target ray goes on")
     elif target == "k8s":
         from launch.rayjobs import stop_job as stop_kubernetes
 

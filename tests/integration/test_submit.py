@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.integration.conftest import Workplace
+from tests.integration.conftest import Workplace, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -19,33 +22,32 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     """A Ray head with a dashboard and a token of its own, as ``ray start`` makes it."""
     token = tmp_path_factory.mktemp("token") / "auth_token"
     token.write_text("f" * 64)
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        dashboard, gcs = one.getsockname()[1], two.getsockname()[1]
+    with contextlib.ExitStack() as held:  # Ray's own choices are the same for every head on this machine
+        sockets = [held.enter_context(socket.socket()) for _ in range(4)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        gcs, dashboard, agent, clients = (one.getsockname()[1] for one in sockets)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     bin_folder = Path(sys.executable).parent
     ray = str(bin_folder / "ray")
     inherited["PATH"] = f"{bin_folder}:{inherited['PATH']}"  # as in an activated environment: jobs run its `python`
-    subprocess.run(
-        [
-            ray,
-            "start",
-            "--head",
-            "--num-cpus=2",
-            f"--port={gcs}",
-            f"--dashboard-port={dashboard}",
-            "--include-dashboard=true",
-            "--disable-usage-stats",
-        ],
-        env={**inherited, **environment},
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    words = ["start", "--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    words += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={clients}"]
+    words += ["--include-dashboard=true", "--disable-usage-stats"]
+    log = tmp_path_factory.mktemp("cluster") / "log"
+    with log.open("w") as file:
+        head = subprocess.Popen([ray, *words], env={**inherited, **environment}, stdout=file, stderr=file)
+    deadline_s = time.monotonic() + 120.0
+    while "Ray runtime started" not in log.read_text():
+        assert head.poll() is None and time.monotonic() < deadline_s, log.read_text()
+        time.sleep(0.2)
     yield {**environment, "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    subprocess.run([ray, "stop", "--force"], check=False, capture_output=True, timeout=60)
+    # not `ray stop`, which ends every cluster of this machine
+    for process in [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait()
 
 
 def test_submit_follow_and_finish(workplace: Workplace, cluster: dict[str, str]) -> None:
@@ -56,6 +58,7 @@ def test_submit_follow_and_finish(workplace: Workplace, cluster: dict[str, str])
     assert workplace.report("submitted")["num_ranks"] == 2
     code, output = workplace.run(*arguments, **cluster)
     assert code == 0 and "finished before" in output
+    assert "was there before and ended as SUCCEEDED" in output and "is submitted again" in output
     code, output = workplace.run("status", "submitted", **cluster)
     assert code == 0 and output.startswith("submitted: SUCCEEDED, lce-submitted-"), output
     code, output = workplace.run("logs", "submitted", **cluster)
@@ -64,6 +67,71 @@ def test_submit_follow_and_finish(workplace: Workplace, cluster: dict[str, str])
     assert code == 0 and "finished before" in output, output
     code, output = workplace.run("status", "submitted", "--target", "local", **cluster)
     assert code == 0 and output.startswith("submitted: finished, "), output
+
+
+_AT_ONCE = """
+import threading
+from launch.submit import Submission, _client, submit_once
+said, gate = [], threading.Barrier(4)
+def submit(job):
+    client = _client()
+    gate.wait()
+    said.append(submit_once(client, job))
+for number in range(3):
+    for entrypoint in (f"sleep 60 # {number}", f"true # {number}"):
+        job = Submission(entrypoint, {}, {"run": "at-once", "kind": "check"})
+        said.clear()
+        threads = [threading.Thread(target=submit, args=(job,)) for _ in range(4)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        there = [one for one in _client().list_jobs() if one.submission_id == job.id]
+        started = sum("is submitted" in line for line in said)
+        if entrypoint.startswith("sleep"):
+            assert (len(said), started, len(there)) == (4, 1, 1), said
+            _client().stop_job(job.id)
+        else:  # some may find it ended, and do it again
+            assert len(said) == 4 and started >= 1 and len(there) == 1, said
+print("one job each time")
+"""
+
+
+def test_submissions_of_the_same_moment_are_one_job(workplace: Workplace, cluster: dict[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _AT_ONCE],
+        cwd=workplace.folder,
+        env={**workplace.environment(), **cluster},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "one job each time" in done.stdout, done.stdout + done.stderr
+
+
+def test_stop_leaves_time_for_a_checkpoint(workplace: Workplace, cluster: dict[str, str]) -> None:
+    """The only checkpoint that there can be is the one that was asked for, after more than the 3 s that Ray itself would wait."""
+    long = ("--set", "new.epochs=4000.0", "--set", "old.epochs=1.0")
+    long += ("--set", "checkpoint.every_steps=1000000", "--set", "tracking.every_steps=500")
+    arguments = ("train", "--config", "small.toml", "--name", "stopped", *long)
+    follower = workplace.start(*arguments, **cluster)
+    run_dir = workplace.folder / "runs" / "stopped"
+    try:
+        ids = run_dir / "new" / "batch_ids.tsv"
+        wait_for(lambda: ids.exists() and ids.stat().st_size > 0, follower, 200.0)
+        other = workplace.start(*arguments, "--set", "optim.lr=0.05", **cluster)
+        output, _ = other.communicate(timeout=100)
+        assert other.returncode == 1 and "run stopped is at work as job lce-stopped-" in output, output
+        code, output = workplace.run("stop", "stopped", **cluster)
+        assert code == 0 and "has ended; lce resume stopped" in output, output
+        assert follower.wait(60) != 0
+    finally:
+        follower.kill()
+    code, output = workplace.run("logs", "stopped", **cluster)
+    assert code == 0 and "which is saved; the same command goes on from there" in output, output
+    steps = [path.name for path in (run_dir / "new" / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    assert len(steps) == 1, steps
+    code, output = workplace.run("status", "stopped", **cluster)
+    assert output.startswith("stopped: STOPPED, lce-stopped-"), output
 
 
 def test_too_few_nodes_is_an_error_with_its_exit_code(workplace: Workplace, cluster: dict[str, str]) -> None:

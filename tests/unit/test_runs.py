@@ -171,6 +171,20 @@ def test_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert main(["resume", "one", *there]) == 0
     made = json.loads((tmp_path / "created").read_text())
     assert made["metadata"] == {"name": "one-new", "namespace": "team"} and "status" not in made
+    capfd.readouterr()
+    with_cluster = ray_job("two-a", "two", "", "Running")
+    with_cluster["status"] = {"jobDeploymentStatus": "Running", "rayClusterName": "two-a-x"}
+    for job, code, words in (
+        (
+            with_cluster,
+            2,
+            "kubectl --namespace team exec service/two-a-x-head-svc -c ray-head -- python -m launch.cli profile /runs/two",
+        ),
+        (jobs[0], 1, "has no Ray cluster"),
+    ):
+        (tmp_path / "job").write_text(json.dumps(job))
+        assert main(["profile", "two", *there]) == code
+        assert words in capfd.readouterr().err
     (tmp_path / "job").write_text(json.dumps(ray_job("two-a", "two", "", "Suspended", suspend=True)))
     assert main(["resume", "two", *there]) == 0
     (tmp_path / "job").write_text(json.dumps(jobs[2]))
