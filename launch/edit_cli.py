@@ -232,10 +232,8 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _split(arguments: argparse.Namespace) -> None:
-    import numpy as np
-
     from pipelines.manifest import PackedDataset
-    from pipelines.splits import PARTS, make_split, write_split
+    from pipelines.splits import PARTS, labels_of, make_split, write_split
 
     check_json(arguments.json)
     dataset = PackedDataset.open(arguments.packed)
@@ -245,7 +243,7 @@ def _split(arguments: argparse.Namespace) -> None:
     lines = [str(path)]
     for part in PARTS:
         samples = split.part(part)
-        people = len(np.unique(dataset.index["label"][samples]))
+        people = len(labels_of(dataset, samples))
         values[part] = {"images": len(samples), "identities": people}
         lines.append(f"  {part:<8} {len(samples):>12,} images of {people:,} identities")
     lines.append(f"train on it with --set data.shards={arguments.packed} --set data.split={path}")

@@ -62,7 +62,7 @@ def open_parts(data: DataConfig, base_dir: Path, dataset: PackedDataset, cache: 
     cache: a folder where lists of identities and samples are kept for the next process that asks, and mapped from.
     """
     if data.split is not None:
-        found = open_split(base_dir / data.split, dataset)
+        found = open_split(base_dir / data.split, dataset, cache)
         return Parts(dataset, found.identities, found, (found.fingerprint,), cache)
     drawn_by = (data.heldout_identities, data.old_identities, data.split_seed)
 

@@ -315,9 +315,13 @@ def _open_files(source: Path) -> FileSource:
     check_identities(identities)
     edges = np.array([*first, len(sizes)], dtype=np.int64)
     count_C = np.diff(edges)[order]
-    number_N = np.repeat(edges[:-1][order] - np.cumsum(count_C) + count_C, count_C) + np.arange(len(sizes))
-    texts = paths.in_order(number_N)
-    size_N, time_N = (np.frombuffer(one, dtype=np.int64)[number_N] for one in (sizes, times))
+    size_N, time_N = (np.frombuffer(one, dtype=np.int64) for one in (sizes, times))
+    if order == list(range(len(order))):  # as nearly always
+        texts = paths.texts()
+    else:
+        number_N = np.repeat(edges[:-1][order] - np.cumsum(count_C) + count_C, count_C) + np.arange(len(sizes))
+        texts = paths.texts(number_N)
+        size_N, time_N = size_N[number_N], time_N[number_N]
     return FileSource(
         "folder",
         digest("folder", texts.blob_B, texts.end_N, size_N, time_N),

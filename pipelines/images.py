@@ -99,7 +99,7 @@ def as_jpeg(payload: bytes, origin: str, size: int | None = None, quality: int |
             _decode_all(image, payload)
             return payload
         image.load()
-        pixels = ImageOps.exif_transpose(image) if plain else _to_rgb(image)
+        pixels = ImageOps.exif_transpose(image) if plain else to_rgb(image)
         if factor < 1.0:
             width, height = (max(1, round(side * factor)) for side in pixels.size)
             pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
@@ -158,7 +158,8 @@ def _decode_all(image: Image.Image, payload: bytes) -> None:
             whole.load()
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """As 8-bit RGB, upright where EXIF turns it; transparent parts become white, 16-bit greys keep their upper 8 bits."""
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
         upper_bits = np.asarray(upright).astype(np.int64).clip(0, 65535) >> 8

@@ -57,11 +57,11 @@ class TextsInProgress:
         self._blob += text.encode(errors="surrogateescape")
         self._ends.append(len(self._blob))
 
-    def in_order(self, number_N: Int64Array) -> Texts:
-        """The texts by these numbers: runs of neighbours are copied at once."""
+    def texts(self, number_N: Int64Array | None = None) -> Texts:
+        """The texts, or those of these numbers in their order: runs of neighbours are copied at once."""
         end_N = np.frombuffer(self._ends, dtype=np.int64)
         blob_B = np.frombuffer(self._blob, dtype=np.uint8)
-        if not len(number_N):
+        if number_N is None or not len(number_N):
             return Texts(blob_B, end_N)
         size_N = np.diff(end_N, prepend=0)[number_N]
         runs = np.flatnonzero(np.diff(number_N, prepend=number_N[0] - 2) != 1)

@@ -27,6 +27,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lce_dist.errors import DataError
+from pipelines.checked import default_cache, recall, remember
+from pipelines.identities import Chosen, Identities, line_starts
 from pipelines.manifest import IdentitySplit, PackedDataset, View, file_sha256, split_identities
 from pipelines.order import Int64Array, UInt64Array, derive_key, mix64
 
@@ -36,6 +38,8 @@ PARTS = ("old", "new", "heldout")
 SPLIT_FILE = "split.json"
 
 _FORMAT, _VERSION = "lce-dist-split", 1
+_LARGE_SAMPLES = 1 << 20  # below that checking takes a moment, and nothing is kept of it
+_PIECE_ROWS = 1 << 20
 _BY_IMAGE = ("extended-data", "open-data")
 
 
@@ -86,7 +90,7 @@ def make_split(dataset: PackedDataset, scenario: Scenario, heldout: int, fractio
 
     heldout: people held out from both. fraction: of the other people (of each one's images for ``-data``) for the old model.
     In open-data a person with one image goes to the new model; otherwise every person keeps one on each side.
-    Errors: DataError where a side would have fewer than 2 people. **Memory**: 60 bytes a sample.
+    Errors: DataError where a side would have fewer than 2 people. **Memory**: 80 bytes a sample.
     """
     if scenario not in SCENARIOS:
         raise DataError(f"scenario {scenario!r} is unknown; must be one of {', '.join(SCENARIOS)}")
@@ -110,13 +114,21 @@ def make_split(dataset: PackedDataset, scenario: Scenario, heldout: int, fractio
     new = trained if scenario.startswith("extended") else trained[~is_old]
     split = Split(scenario, seed, fraction, heldout, old, new, held)
     for part in PARTS:
-        num = len(np.unique(labels[split.part(part)]))
+        num = len(labels_of(dataset, split.part(part)))
         if num < 2:
             raise DataError(
                 f"{scenario} of {dataset.directory} leaves {num} identities for {part!r}; must be at least 2. "
                 f"Change --fraction ({fraction}) or --heldout ({heldout}), or bring more images"
             )
     return split
+
+
+def labels_of(dataset: PackedDataset, samples: Int64Array) -> Int64Array:
+    """The labels (rising) of whom some samples are. **Memory**: 8 bytes an identity."""
+    seen = np.zeros(len(dataset.identities), dtype=np.bool_)
+    for first in range(0, len(samples), _PIECE_ROWS):
+        seen[dataset.index["label"][samples[first : first + _PIECE_ROWS]]] = True
+    return np.flatnonzero(seen)
 
 
 def write_split(dataset: PackedDataset, split: Split, out: Path) -> Path:
@@ -132,10 +144,10 @@ def write_split(dataset: PackedDataset, split: Split, out: Path) -> Path:
     parts = {}
     for name in PARTS:
         samples = split.part(name)
-        labels = np.unique(dataset.index["label"][samples])
+        labels = labels_of(dataset, samples)
         np.save(partial / f"{name}.npy", samples, allow_pickle=False)
         with open(partial / f"{name}.txt", "w", encoding="utf-8", newline="") as file:
-            file.writelines(f"{dataset.identities[int(label)]}\n" for label in labels)
+            file.writelines(f"{key}\n" for key in Chosen(dataset.identities, labels))
         parts[name] = PartRecord(
             num_samples=len(samples),
             num_identities=len(labels),
@@ -170,9 +182,10 @@ class OpenSplit:
     fingerprint: str
 
 
-def open_split(path: Path, dataset: PackedDataset) -> OpenSplit:
-    """Read and check what :func:`write_split` wrote.
+def open_split(path: Path, dataset: PackedDataset, checked: Path | None = None) -> OpenSplit:
+    """Read and check what :func:`write_split` wrote; samples and keys stay on the disk.
 
+    checked: a folder in which it is kept that a large split was found whole; None: the user's cache.
     Errors: DataError for a missing, damaged or edited file, and for a split of another data set.
     """
     if path.is_dir():
@@ -196,20 +209,29 @@ def open_split(path: Path, dataset: PackedDataset) -> OpenSplit:
             f"{dataset.fingerprint[:16]}). Name its data set, or make the split anew: lce data split {dataset.directory} OUT "
             f"--scenario {record.scenario} --seed {record.seed}"
         )
+    folder, fingerprint = path.parent, hashlib.sha256(text).hexdigest()
+    files = [f"{name}.{ending}" for name in PARTS for ending in ("npy", "txt")]
+    is_large = sum(part.num_samples for part in record.parts.values()) >= _LARGE_SAMPLES
+    checked = checked or default_cache()
+    try:
+        known = recall(checked, folder, fingerprint, files) if is_large else None
+    except OSError:
+        known = None  # a file is missing
     samples: dict[str, Int64Array] = {}
-    keys: dict[str, tuple[str, ...]] = {}
+    starts: dict[str, Int64Array] = {}
     for name in PARTS:
         part = record.parts[name]
-        for file, expected in ((f"{name}.npy", part.samples_sha256), (f"{name}.txt", part.identities_sha256)):
-            place = path.parent / file
-            if not place.is_file() or file_sha256(place) != expected:
-                raise DataError(f"{place} is missing or changed since the split was made; make it anew")
-        samples[name] = np.load(path.parent / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        keys[name] = tuple((path.parent / f"{name}.txt").read_bytes().decode("utf-8").split("\n")[:-1])
-        ids = samples[name]
-        wrong = ids.dtype != np.int64 or ids.ndim != 1 or len(ids) != part.num_samples
-        if wrong or ids[0] < 0 or ids[-1] >= dataset.num_samples or not bool(np.all(ids[1:] > ids[:-1])):
-            raise DataError(f"{path.parent / name}.npy must hold rising rows of the data set; make the split anew")
+        if known is None:
+            _check_files(folder, name, part)
+        samples[name] = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        if known is None:
+            _check_samples(folder / f"{name}.npy", samples[name], part, dataset)
+            starts[name] = line_starts(folder / f"{name}.txt")
+        else:
+            starts[name], known = known[: part.num_identities + 1], known[part.num_identities + 1 :]
+    if is_large and known is None:
+        remember(checked, folder, fingerprint, files, np.concatenate([starts[name] for name in PARTS]))
+    keys = {name: Identities(folder / f"{name}.txt", starts[name]) for name in PARTS}
     split = Split(
         record.scenario,
         record.seed,
@@ -220,7 +242,24 @@ def open_split(path: Path, dataset: PackedDataset) -> OpenSplit:
         samples["heldout"],
     )
     people = IdentitySplit(train=keys["new"], old=keys["old"], heldout=keys["heldout"])
-    return OpenSplit(record, split, people, hashlib.sha256(text).hexdigest())
+    return OpenSplit(record, split, people, fingerprint)
+
+
+def _check_files(folder: Path, name: str, part: PartRecord) -> None:
+    for file, expected in ((f"{name}.npy", part.samples_sha256), (f"{name}.txt", part.identities_sha256)):
+        place = folder / file
+        if not place.is_file() or file_sha256(place) != expected:
+            raise DataError(f"{place} is missing or changed since the split was made; make it anew")
+
+
+def _check_samples(path: Path, ids: Int64Array, part: PartRecord, dataset: PackedDataset) -> None:
+    wrong = ids.dtype != np.int64 or ids.ndim != 1 or len(ids) != part.num_samples
+    wrong = wrong or ids[0] < 0 or ids[-1] >= dataset.num_samples
+    for first in range(0, 0 if wrong else len(ids), _PIECE_ROWS):
+        piece = np.asarray(ids[first : first + _PIECE_ROWS + 1])
+        wrong = wrong or not bool(np.all(piece[1:] > piece[:-1]))
+    if wrong:
+        raise DataError(f"{path} must hold rising rows of the data set; make the split anew")
 
 
 def select_samples(dataset: PackedDataset, sample_ids: Int64Array) -> View:
@@ -238,7 +277,8 @@ def select_samples(dataset: PackedDataset, sample_ids: Int64Array) -> View:
     class_C = np.flatnonzero(counts)
     new_label = np.empty(len(counts), dtype=np.int64)
     new_label[class_C] = np.arange(len(class_C))
-    digest = hashlib.sha256(f"{dataset.fingerprint}\nsamples {hashlib.sha256(ids.tobytes()).hexdigest()}".encode())
+    listed = hashlib.sha256(np.ascontiguousarray(ids).data)
+    digest = hashlib.sha256(f"{dataset.fingerprint}\nsamples {listed.hexdigest()}".encode())
     return View(dataset, ids, new_label[labels], counts[class_C], class_C, digest.hexdigest())
 
 
@@ -246,9 +286,11 @@ _NOBODY, _TRAIN, _OLD, _HELDOUT = range(4)
 
 
 def _owners(dataset: PackedDataset, people: IdentitySplit) -> npt.NDArray[np.int8]:
-    old, heldout = set(people.old), set(people.heldout)
-    of_key = (_HELDOUT if key in heldout else _OLD if key in old else _TRAIN for key in dataset.identities)
-    return np.fromiter(of_key, dtype=np.int8, count=len(dataset.identities))
+    whose = np.zeros(len(dataset.identities), dtype=np.int8)
+    for part, owner in ((people.train, _TRAIN), (people.old, _OLD), (people.heldout, _HELDOUT)):
+        assert isinstance(part, Chosen), "drawn from the data set's identities"
+        whose[part.place_C] = owner
+    return whose
 
 
 def _places(
@@ -258,7 +300,7 @@ def _places(
     names = dataset.name_hash_N2
     halves: UInt64Array = samples.astype(np.uint64) if names is None else np.asarray(names[samples][:, 0])
     chance = mix64(halves ^ np.uint64(derive_key(seed, *b"images")))
-    order = np.lexsort((samples, chance, labels))
+    order = np.lexsort((chance, labels))  # stable, and samples rise
     starts = np.flatnonzero(np.concatenate(([True], np.diff(labels[order]) != 0)))
     sizes = np.diff(np.append(starts, len(order)))
     place, size = np.empty(len(order), dtype=np.int64), np.empty(len(order), dtype=np.int64)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from pipelines.images import to_rgb
 from pipelines.manifest import PackedDataset
 from pipelines.order import Int64Array, derive_key, permute
 from pipelines.parallel import over_parts
@@ -29,7 +30,7 @@ _QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 class Statistics:
     """What was counted over all samples, and what was looked at in ``looked_at`` of them.
 
-    images_per_identity (C,), bytes (N,); width, height, brightness (0 to 255, mean of grey) of the images that decode;
+    images_per_identity (C,), bytes (N,); width, height, brightness (0 to 255, mean of grey) of the images that decode, upright;
     kinds: how many have each format and mode; undecodable: sample and reason.
     """
 
@@ -145,8 +146,10 @@ def _look(part: _Part) -> _Seen:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     with Image.open(io.BytesIO(payload)) as image:
-                        kind, (width, height) = f"{image.format} {image.mode}", image.size
-                        mean = float(np.asarray(image.convert("L")).mean())
+                        kind = f"{image.format} {image.mode}"
+                        upright = to_rgb(image) if image.mode != "L" or image.getexif() else image
+                        width, height = upright.size
+                        mean = float(np.asarray(upright.convert("L")).mean())
             except Exception as error:  # noqa: BLE001 (Pillow raises whatever its decoders meet first)
                 reason = str(error).split("\n", 1)[0].split(" <_io", 1)[0] or type(error).__name__
                 seen.undecodable.append((sample, reason))

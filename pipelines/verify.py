@@ -33,8 +33,9 @@ from PIL import Image
 from lce_dist.errors import DataError
 from pipelines import manifest as packed
 from pipelines.duplicates import Hashes, alike_pairs, confirmed, exact_hash, looks_hash, same_groups
+from pipelines.identities import Chosen
 from pipelines.images import check_decodes
-from pipelines.importable import number_key
+from pipelines.importable import Texts, number_key
 from pipelines.manifest import Manifest, PackedDataset, Quarantined, ShardRecord, file_sha256, is_url, read_quarantine
 from pipelines.members import BrokenTarError, Member, in_samples, read_members
 from pipelines.order import Int64Array
@@ -250,13 +251,14 @@ _MISSING, _READ, _DECODED = 0, 1, 2
 
 @dataclass(frozen=True, eq=False)
 class ShardWork:
-    """What is needed to check one shard in a process of its own: its n rows, and the keys of their labels."""
+    """What is needed to check one shard in a process of its own: its n rows, and the labels (K, rising) in them with their keys."""
 
     path: Path
     record: ShardRecord
     samples: Int64Array
     rows: npt.NDArray[np.void]
-    keys: dict[int, str]
+    known_K: Int64Array
+    keys: Texts
     owned: bool  # packed here, so that every image in it has a row
     decode: bool
     hashes: bool
@@ -299,10 +301,10 @@ def _works(directory: Path, parts: _Parts, manifest: Manifest, decode: bool, dup
     for record, samples in zip(manifest.shards, samples_by_shard(parts.index, len(manifest.shards)), strict=True):
         rows = parts.index[samples]
         known = np.unique(rows["label"])
-        known = known[(known >= 0) & (known < len(parts.identities))]
-        keys = {int(label): parts.identities[int(label)] for label in known}
+        known = known[(known >= 0) & (known < len(parts.identities))].astype(np.int64)
+        keys = Texts.of(Chosen(parts.identities, known))
         owned = manifest.root is None
-        yield ShardWork(root / record.file, record, samples, rows, keys, owned, decode, duplicates)
+        yield ShardWork(root / record.file, record, samples, rows, known, keys, owned, decode, duplicates)
 
 
 def check_shard(work: ShardWork) -> ShardFound:
@@ -358,15 +360,19 @@ def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
         found.add(Finding("tar", str(error), name))
     pointed = set()
     labels: list[Finding] = []
+    num_labels = num_found = 0
     numbering: set[tuple[int, int]] = set()
+    check = _label_problem if work.owned else _foreign_problem
+    places = np.searchsorted(work.known_K, work.rows["label"])
     fields = zip(
         work.samples.tolist(),
         work.rows["offset"].tolist(),
         work.rows["size"].tolist(),
         work.rows["label"].tolist(),
+        places.tolist(),
         strict=True,
     )
-    for place, (sample, offset, row_size, label) in enumerate(fields):
+    for place, (sample, offset, row_size, label, key_place) in enumerate(fields):
         image = images.get(offset)
         if image is None:
             found.add(
@@ -374,21 +380,24 @@ def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
             )
             continue
         pointed.add(offset)
+        num_found += 1
         if image.size != row_size:
             detail = f"sample {sample} has {row_size} bytes in the index and {image.size} in the tar"
             found.add(Finding("index", detail, name, image.name, sample))
             continue
-        problem = None  # one out of range is told by _out_of_range
-        if label in work.keys:
-            check = _label_problem if work.owned else _foreign_problem
-            problem = check(work, label, said[offset], numbering)
-        if problem is not None:
-            labels.append(Finding("label", problem, name, image.name, sample))
+        if key_place < len(work.known_K) and work.known_K[key_place] == label:  # others are told by _out_of_range
+            problem = check(work.keys[key_place], label, said[offset], numbering)
+            if problem is not None:
+                num_labels += 1
+                if num_labels <= MOST_LISTED:
+                    labels.append(Finding("label", problem, name, image.name, sample))
         if work.decode or work.hashes:
             _check_image(work, found, place, image, sample, tar[offset : offset + row_size])
-    if work.owned or 2 * len(labels) <= len(pointed):  # otherwise what lies beside images there is not whose they are
+    if work.owned or 2 * num_labels <= num_found:  # otherwise what lies beside images there is not whose they are
         for finding in labels:
             found.add(finding)
+        if num_labels > len(labels):
+            found.unlisted["label"] += num_labels - len(labels)
     if work.owned:
         for offset, image in images.items():
             if offset not in pointed:
@@ -396,12 +405,11 @@ def _check_members(work: ShardWork, found: ShardFound, tar: mmap.mmap) -> None:
     found.class_of_label = np.array(sorted(numbering), dtype=np.int64).reshape(-1, 2)
 
 
-def _label_problem(work: ShardWork, label: int, said: dict[str, bytes], numbering: set[tuple[int, int]]) -> str | None:
+def _label_problem(key: str, label: int, said: dict[str, bytes], numbering: set[tuple[int, int]]) -> str | None:
     """.id must be the identity's key. Without one .cls must be the key or the label.
 
     Beside an .id the number of .cls may be another than the label, as after a removal, if it is one a label everywhere.
     """
-    key = work.keys[label]
     number = said["cls"].strip() if "cls" in said else None
     if "id" in said:
         if said["id"] != key.encode():
@@ -415,15 +423,13 @@ def _label_problem(work: ShardWork, label: int, said: dict[str, bytes], numberin
     return None
 
 
-def _foreign_problem(
-    work: ShardWork, label: int, said: dict[str, bytes], numbering: set[tuple[int, int]]
-) -> str | None:
+def _foreign_problem(key: str, label: int, said: dict[str, bytes], numbering: set[tuple[int, int]]) -> str | None:
     """Beside an image of tars that were only indexed, .id or else .cls should be the key, or the number of which the key was made."""
     kind = "id" if "id" in said else "cls"
     text = said.get(kind, b"").decode("utf-8", "replace").strip()
     made = number_key(int(text)) if text.isdecimal() and len(text) <= 18 else text
-    if text and work.keys[label] not in (text, made):
-        return f"the index says {work.keys[label]!r} (label {label}); .{kind} says {text[:40]!r}"
+    if text and key not in (text, made):
+        return f"the index says {key!r} (label {label}); .{kind} says {text[:40]!r}"
     return None
 
 

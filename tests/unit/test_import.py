@@ -90,6 +90,25 @@ def test_what_is_packed_is_what_a_plain_loop_packs(tree: Path, tmp_path: Path) -
     verify_checksums(dataset)
 
 
+def test_folders_come_in_the_order_of_their_whole_paths(tmp_path: Path) -> None:
+    """The walk meets a/x before "a b"; sorted, a space comes before the slash."""
+    for number, folder in enumerate(["a/x", "a b", "a", "b"]):
+        (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+        for shot in range(2):
+            (tmp_path / "in" / folder / f"{shot}.jpg").write_bytes(encoded(10 * number + shot))
+    found = open_folder(tmp_path / "in")
+    keys = [found.identities[label] for label in range(4)]
+    assert keys == sorted(keys) == ["a", "a b", "a/x", "b"]
+    paths = [found.paths[number] for number in range(8)]
+    assert paths == [f"{key}/{shot}.jpg" for key in keys for shot in range(2)]
+    assert found.label_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for number, path in enumerate(paths):
+        assert found.read(number) == (tmp_path / "in" / path).read_bytes()
+        assert found.bytes_N[number] == len(found.read(number))
+    archive = open_folder(zipped(tmp_path / "in", tmp_path / "t.zip"))
+    assert [archive.paths[number] for number in range(8)] == paths
+
+
 def test_webdataset_and_tarfile_read_the_shards(tree: Path, tmp_path: Path) -> None:
     dataset = import_images(open_folder(tree), tmp_path / "out", SMALL, 1).dataset
     shards = [str(dataset.shard_path(number)) for number in range(len(dataset.manifest.shards))]

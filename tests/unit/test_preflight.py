@@ -19,6 +19,7 @@ from launch.preflight import (
     gpu_of_cluster,
     gpu_of_kind,
     memory_note,
+    notes,
     unreachable_tracking,
 )
 from launch.prepare import prepare
@@ -27,6 +28,8 @@ from launch.train import TrainOptions
 from lce_dist.config import load_config
 from lce_dist.errors import ConfigError, SetupError
 from lce_dist.models.catalog import build_net
+from pipelines.pack import pack_images
+from tests.unit.test_verify import jpeg
 
 CONFIG = """
 [data]
@@ -180,3 +183,17 @@ def test_numbers_of_nodes():
             TrainOptions(most, 1, False, False, False, least)
     with pytest.raises(SystemExit):
         main(["train", "--nodes", "two"])
+
+
+@pytest.mark.parametrize(("shuffle", "shuffled", "told"), [
+    ("blocks", False, True), ("blocks", None, False), ("blocks", True, False), ("global", False, False),
+])  # fmt: skip
+def test_block_shuffling_of_what_is_not_shuffled_is_told(workplace, shuffle, shuffled, told):
+    photos = [(f"p{n // 2}", f"{n}.jpg", jpeg(n)) for n in range(12)]
+    data = pack_images(photos, [f"p{n}" for n in range(6)], 12, workplace / "faces", "faces", "s", shuffled=shuffled)
+    assert data.manifest.shuffled is shuffled
+    text = CONFIG.replace("[data]", f'[data]\nshards = "faces"\nshuffle = "{shuffle}"')
+    start, end = text.index("[data.synthetic]"), text.index("[old]")
+    (workplace / "packed.toml").write_text(text[:start] + text[end:])
+    found = [one for one in notes(load_config(workplace / "packed.toml"), workplace, data) if "shuffled: false" in one]
+    assert len(found) == told

@@ -24,7 +24,7 @@ from lce_dist.models.catalog import build_net
 from lce_dist.models.weights import save_weights
 from lce_dist.world import World
 from pipelines.leakage import Leak, Side, find_leaks
-from pipelines.manifest import PackedDataset, Quarantined, split_identities, write_quarantine
+from pipelines.manifest import PackedDataset, Quarantined, file_sha256, split_identities, write_quarantine
 from pipelines.pack import pack_images
 from pipelines.splits import SCENARIOS, Scenario, make_split, open_split, select_samples, write_split
 from pipelines.verify import hash_images
@@ -148,6 +148,30 @@ def test_a_changed_split_is_refused(faces: PackedDataset, tmp_path: Path, file: 
         place.write_bytes(change(place.read_bytes()))
     with pytest.raises(DataError, match=word):
         open_split(path, faces)
+
+
+def test_a_large_split_is_hashed_once_and_again_when_a_file_changes(
+    faces: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_split(faces, make_split(faces, "open-data", 3, 0.4, 7), tmp_path / "split")
+    small = open_split(path, faces, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()  # of a small one nothing is kept
+    monkeypatch.setattr("pipelines.splits._LARGE_SAMPLES", 1)
+    hashed: list[Path] = []
+    monkeypatch.setattr("pipelines.splits.file_sha256", lambda place: hashed.append(place) or file_sha256(place))
+    for _ in range(3):
+        found = open_split(path, faces, tmp_path / "cache")
+        for part in ("train", "old", "heldout"):
+            assert getattr(found.identities, part) == getattr(small.identities, part)
+        assert found.split.old.tolist() == small.split.old.tolist()
+    assert len(hashed) == 6
+    names = path.parent / "heldout.txt"
+    names.write_bytes(names.read_bytes().replace(b"id", b"ix"))
+    with pytest.raises(DataError, match="changed since"):
+        open_split(path, faces, tmp_path / "cache")
+    names.unlink()
+    with pytest.raises(DataError, match="missing"):
+        open_split(path, faces, tmp_path / "cache")
 
 
 def test_a_split_of_another_data_set_is_refused(faces: PackedDataset, tmp_path: Path) -> None:

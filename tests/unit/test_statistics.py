@@ -14,6 +14,7 @@ from PIL import Image
 from launch.cli import main
 from pipelines.manifest import PackedDataset
 from pipelines.pack import pack_images
+from pipelines.pixels import decode_sample
 from pipelines.reading import ShardReader
 from pipelines.statistics import measure
 from tests.unit.test_verify import overwrite
@@ -76,6 +77,22 @@ def test_what_cannot_be_decoded_is_counted(faces: Path, tmp_path: Path) -> None:
     found = measure(PackedDataset.open(copy), None, num_workers=1)
     assert [sample for sample, _ in found.undecodable] == [7] and len(found.width) == 44
     assert found.as_json()["undecodable"]["share"] == pytest.approx(1 / 45)
+
+
+def test_images_that_exif_turns_are_counted_and_shown_upright(tmp_path: Path) -> None:
+    exif, images = Image.Exif(), []
+    exif[0x0112] = 6
+    for number in range(4):
+        out = io.BytesIO()
+        pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+        pixels[:20] = 250  # the upper half, and the right one when it is upright
+        Image.fromarray(pixels).save(out, "JPEG", exif=exif)
+        images.append((f"p{number % 2}", f"{number}.jpg", out.getvalue()))
+    dataset = pack_images(images, ["p0", "p1"], 4, tmp_path / "faces", "faces", "source")
+    found = measure(dataset, None, num_workers=1)
+    assert (set(found.width.tolist()), set(found.height.tolist())) == ({40}, {60})
+    shown = decode_sample(dataset, 0)
+    assert shown.shape == (60, 40, 3) and shown[:, 25:].mean() > 230 and shown[:, :15].mean() < 20
 
 
 def test_the_command_writes_numbers_and_a_page(faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
