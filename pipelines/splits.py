@@ -18,9 +18,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lce_dist.errors import DataError
 from pipelines.checked import default_cache, recall, remember
 from pipelines.identities import Chosen, Identities, line_starts
-from pipelines.manifest import IdentitySplit, PackedDataset, View, file_sha256, split_identities
+from pipelines.manifest import (
+    INDEX_FILE,
+    IdentitySplit,
+    PackedDataset,
+    View,
+    file_sha256,
+    index_pieces,
+    split_identities,
+)
 from pipelines.order import Int64Array, UInt64Array, derive_key, mix64
 
 Scenario = Literal["extended-data", "extended-class", "open-data", "open-class"]
@@ -40,6 +49,7 @@ SPLIT_FILE = "split.json"
 _FORMAT, _VERSION = "lce-dist-split", 1
 _LARGE_SAMPLES = 1 << 20  # below that checking takes a moment, and nothing is kept of it
 _PIECE_ROWS = 1 << 20
+_AT_ONCE = 1 << 21  # samples whose places among their person's are found together
 _BY_IMAGE = ("extended-data", "open-data")
 
 
@@ -90,7 +100,7 @@ def make_split(dataset: PackedDataset, scenario: Scenario, heldout: int, fractio
 
     heldout: people held out from both. fraction: of the other people (of each one's images for ``-data``) for the old model.
     In open-data a person with one image goes to the new model; otherwise every person keeps one on each side.
-    Errors: DataError where a side would have fewer than 2 people. **Memory**: 80 bytes a sample.
+    Errors: DataError where a side would have fewer than 2 people. **Memory**: 30 bytes a sample, 60 an identity.
     """
     if scenario not in SCENARIOS:
         raise DataError(f"scenario {scenario!r} is unknown; must be one of {', '.join(SCENARIOS)}")
@@ -98,20 +108,21 @@ def make_split(dataset: PackedDataset, scenario: Scenario, heldout: int, fractio
         raise DataError(f"fraction is {fraction}; must be above 0 and below 1, so that old and new differ")
     share = 1.0 if scenario in _BY_IMAGE else fraction
     people = split_identities(dataset.identities, heldout, share, seed)
-    whose = _owners(dataset, people)
-    labels = np.asarray(dataset.index["label"])
-    owner_N = whose[labels]
+    label_N = labels_at(dataset, None)
+    owner_N = _owners(dataset, people)[label_N]
     owner_N[dataset.quarantined] = _NOBODY
-    held, trained = np.flatnonzero(owner_N == _HELDOUT), np.flatnonzero((owner_N == _TRAIN) | (owner_N == _OLD))
+    held, is_old_N = np.flatnonzero(owner_N == _HELDOUT), owner_N == _OLD
     if scenario in _BY_IMAGE:
-        place, size = _places(dataset, trained, labels[trained], seed)
-        most = size - 1 if scenario == "open-data" else size
-        quota = np.minimum(np.maximum(1, np.rint(fraction * size)), most)
-        is_old = place < quota
-    else:
-        is_old = owner_N[trained] == _OLD
-    old = trained[is_old]
-    new = trained if scenario.startswith("extended") else trained[~is_old]
+        is_old_N[:] = False
+        for samples in _people_by_people(label_N, owner_N != _NOBODY, len(dataset.identities)):
+            samples = samples[owner_N[samples] != _HELDOUT]
+            place, size = _places(dataset, samples, label_N[samples], seed)
+            most = size - 1 if scenario == "open-data" else size
+            quota = np.minimum(np.maximum(1, np.rint(fraction * size)), most)
+            is_old_N[samples] = place < quota
+    is_trained_N = (owner_N == _TRAIN) | (owner_N == _OLD)
+    old = np.flatnonzero(is_old_N)
+    new = np.flatnonzero(is_trained_N if scenario.startswith("extended") else is_trained_N & ~is_old_N)
     split = Split(scenario, seed, fraction, heldout, old, new, held)
     for part in PARTS:
         num = len(labels_of(dataset, split.part(part)))
@@ -124,11 +135,31 @@ def make_split(dataset: PackedDataset, scenario: Scenario, heldout: int, fractio
 
 
 def labels_of(dataset: PackedDataset, samples: Int64Array) -> Int64Array:
-    """The labels (rising) of whom some samples are. **Memory**: 8 bytes an identity."""
+    """The labels (rising) of whom some samples (rising) are. **Memory**: 9 bytes an identity."""
     seen = np.zeros(len(dataset.identities), dtype=np.bool_)
-    for first in range(0, len(samples), _PIECE_ROWS):
-        seen[dataset.index["label"][samples[first : first + _PIECE_ROWS]]] = True
+    for _, labels in _label_pieces(dataset, samples):
+        seen[labels] = True
     return np.flatnonzero(seen)
+
+
+def labels_at(dataset: PackedDataset, samples: Int64Array | None) -> npt.NDArray[np.int32] | Int64Array:
+    """(n,) labels of some samples (rising), or of all of them. **Memory**: 4 bytes a sample."""
+    kind = np.int32 if len(dataset.identities) < 2**31 else np.int64
+    num = dataset.num_samples if samples is None else len(samples)
+    found: npt.NDArray[Any] = np.empty(num, dtype=kind)
+    for first, labels in _label_pieces(dataset, samples):
+        found[first : first + len(labels)] = labels
+    return found
+
+
+def _label_pieces(dataset: PackedDataset, samples: Int64Array | None) -> Iterator[tuple[int, Int64Array]]:
+    """Where a piece begins, and its labels; the index is read, not mapped, so that what was passed takes no memory."""
+    for first, rows in index_pieces(dataset.directory / INDEX_FILE):
+        if samples is None:
+            yield first, rows["label"]
+        else:
+            low, high = np.searchsorted(samples, (first, first + len(rows))).tolist()
+            yield low, rows["label"][samples[low:high] - first]
 
 
 def write_split(dataset: PackedDataset, split: Split, out: Path) -> Path:
@@ -272,7 +303,7 @@ def select_samples(dataset: PackedDataset, sample_ids: Int64Array) -> View:
         ids = ids[~np.isin(ids, dataset.quarantined, assume_unique=True)]
     if not len(ids):
         raise DataError(f"{dataset.directory}: no sample is left of a list; it is empty or all of it is in quarantine")
-    labels = dataset.index["label"][ids]
+    labels = labels_at(dataset, ids)
     counts = np.bincount(labels, minlength=len(dataset.identities))
     class_C = np.flatnonzero(counts)
     new_label = np.empty(len(counts), dtype=np.int64)
@@ -293,8 +324,21 @@ def _owners(dataset: PackedDataset, people: IdentitySplit) -> npt.NDArray[np.int
     return whose
 
 
+def _people_by_people(
+    label_N: npt.NDArray[np.int32] | Int64Array, is_used_N: npt.NDArray[np.bool_], num_labels: int
+) -> Iterator[Int64Array]:
+    """All used samples of some people, of then others, a bounded number at a time. **Memory**: 100 bytes each of those."""
+    ends_C = np.cumsum(np.bincount(label_N, minlength=num_labels))
+    first = 0
+    while first < num_labels:
+        before = int(ends_C[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends_C, before + _AT_ONCE, side="right")))
+        yield np.flatnonzero(is_used_N & (label_N >= first) & (label_N < last))
+        first = last
+
+
 def _places(
-    dataset: PackedDataset, samples: Int64Array, labels: Int64Array, seed: int
+    dataset: PackedDataset, samples: Int64Array, labels: npt.NDArray[np.int32] | Int64Array, seed: int
 ) -> tuple[Int64Array, Int64Array]:
     """Place of each sample in its person's images by a seeded hash of its name, and how many that person has."""
     names = dataset.name_hash_N2
