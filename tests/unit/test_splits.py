@@ -94,6 +94,18 @@ def test_seed_and_names_decide_not_the_place_in_the_shards(faces: PackedDataset,
         assert names(faces, one.old) == names(other, same.old) != names(faces, turned.old)
 
 
+@pytest.mark.parametrize("scenario", ["extended-data", "open-data"])
+def test_people_drawn_a_few_at_a_time_are_those_drawn_at_once(
+    faces: PackedDataset, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = make_split(faces, scenario, 3, 0.4, 7)
+    for samples in (1, 7, 50):
+        monkeypatch.setattr("pipelines.splits._AT_ONCE", samples)
+        pieces = make_split(faces, scenario, 3, 0.4, 7)
+        for part in ("old", "new", "heldout"):
+            assert pieces.part(part).tolist() == at_once.part(part).tolist()
+
+
 def test_class_splits_are_those_of_the_settings(faces: PackedDataset) -> None:
     split = make_split(faces, "extended-class", 3, 0.5, 7)
     setting = split_identities(faces.identities, 3, 0.5, 7)
