@@ -34,6 +34,7 @@ from pipelines.manifest import (
 from pipelines.members import END_OF_TAR, BrokenTarError, Member, in_samples, read_members
 from pipelines.order import Int64Array
 from pipelines.pairs import PAIRS_FILE
+from pipelines.sidecars import DESCRIPTOR_FILE
 from pipelines.verify import samples_by_shard
 
 Progress = Callable[[str, int, int], None]
@@ -257,6 +258,7 @@ def _build(
                 index["shard"][samples] = len(records)
                 records.append(_rewritten(dataset, shard, samples, gone, identities, new, index))
         count("rewriting shards", shard + 1, num_shards)
+    stale.add(DESCRIPTOR_FILE)  # names the shards that were there
     index = index[~is_gone]
     index["label"] = new_label_C[index["label"]]
     names = dataset.name_hash_N2

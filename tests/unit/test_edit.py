@@ -23,6 +23,7 @@ from pipelines.manifest import PackedDataset, Quarantined, read_quarantine, writ
 from pipelines.merging import merge, read_identity_map
 from pipelines.pack import pack_images
 from pipelines.reading import ShardReader
+from pipelines.sidecars import write_sidecars
 from pipelines.verify import verify
 from tests.unit.test_verify import jpeg
 
@@ -161,6 +162,14 @@ def test_what_is_removed_is_gone_and_the_rest_is_as_it_was(faces: Path) -> None:
     assert len(kept) == len(stamps) - 2  # the others are the same files; the rewritten ones have other names
     assert all((faces / name).stat().st_ino == stamps[name][0] for name in kept)
     assert listed(faces.parent) == ["faces"]
+
+
+def test_files_for_other_readers_do_not_stay_behind(faces: Path) -> None:
+    write_sidecars(PackedDataset.open(faces))
+    remove(faces, ["zoe-private"], [])
+    assert not (faces / "shards.json").exists()
+    shards = {path.stem for path in faces.glob("*.tar")}
+    assert {path.stem for path in faces.glob("*.idx")} <= shards
 
 
 def test_lists_that_importing_left_do_not_name_them_any_more(faces: Path) -> None:
