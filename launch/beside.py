@@ -20,7 +20,7 @@ from torch import nn
 
 from launch.bridge import some_identities
 from launch.job import Job, OldModel, embedded
-from launch.parts import cache_settings, open_parts
+from launch.parts import Parts, cache_settings, open_parts
 from launch.prepare import open_old_model
 from launch.stored import StoredOld, open_stored
 from lce_dist.compat.closed_form import PairSums, least_squares
@@ -81,7 +81,10 @@ def look(job: Job, step: int) -> Look | None:
     net.eval().requires_grad_(False)
     dataset = PackedDataset.open(job.data_dir, cache_settings(job.config), job.cache_dir)
     parts = open_parts(config.data, job.base_dir, dataset, job.cache_dir)
-    test = _some(parts.view("heldout"), config.run.seed, config.checkpoint.evaluate_images)
+    heldout = parts.view("heldout")
+    if config.old.weights is None and config.old.vectors is not None:
+        heldout = _stored(job, parts).covered(heldout)
+    test = _some(heldout, config.run.seed, config.checkpoint.evaluate_images)
     new = _set(job, "new", net, config.new.embedding_dim, test, alone)
     old = _old_set(job, dataset, test, alone, "test")
     query, gallery = new, old
@@ -179,11 +182,17 @@ def _old_model(job: Job, dataset: PackedDataset) -> OldModel:
     if config.old.weights is not None:
         return open_old_model(config, job.base_dir, torch.device("cpu"))
     if config.old.vectors is not None:
-        return open_stored(job.base_dir / config.old.vectors, dataset, config.old.embedding_dim, job.cache_dir)
+        return _stored(job, open_parts(config.data, job.base_dir, dataset, job.cache_dir))
     assert config.old.net is not None, "the config was checked"
     net: nn.Module = build_net(config.old.net, config.old.embedding_dim, config.data.image_size, seed=0)
     load_weights(net, job.run_dir / "old" / "model.safetensors")
     return freeze_net(net, config.old.net, config.old.embedding_dim, OUR_INPUT)
+
+
+def _stored(job: Job, parts: Parts) -> StoredOld:
+    old = job.config.old
+    assert old.vectors is not None
+    return open_stored(job.base_dir / old.vectors, parts.view("train"), old.embedding_dim, job.cache_dir)
 
 
 def _through(source: EmbeddingSet, target: EmbeddingSet, one: EmbeddingSet) -> EmbeddingSet:

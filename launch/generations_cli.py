@@ -44,7 +44,9 @@ def add_generations_command(commands: argparse._SubParsersAction[argparse.Argume
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a finished run")
     command.add_argument("--far", type=float, default=1e-2, help="FAR of the matrix (default: 0.01)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="a .json file; a picture, .png, is put beside it")
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="a .json file, or a folder; a picture, .png, beside it"
+    )
     command.add_argument(
         "--mlflow", action="store_true", help="log numbers and picture as a run, where the last RUN's config has MLflow"
     )
@@ -66,9 +68,10 @@ def _generations(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--far is {arguments.far}; must lie between 0 and 1")
     out: Path | None = arguments.out
     if out is not None:
+        out = out / "generations.json" if out.is_dir() else out
         if out.suffix != ".json":
             raise ConfigError(
-                f"--out is {out}; must end in .json: the picture beside it is {out.with_suffix('.png').name}"
+                f"--out is {out}; must end in .json, or be a folder: the picture beside it is {out.with_suffix('.png').name}"
             )
         check_destination("--out", out)
     from rich.console import Console

@@ -104,7 +104,11 @@ def run_job(job: Job, world: World, report: Report) -> None:
         old = open_old_model(config, job.base_dir, world.device)
         report({"type": "stage_skipped", "stage": "old", "why": f"weights given: {config.old.weights}"})
     elif config.old.vectors is not None:
-        old = open_stored(job.base_dir / config.old.vectors, dataset, config.old.embedding_dim, job.cache_dir)
+        old = open_stored(job.base_dir / config.old.vectors, train_view, config.old.embedding_dim, job.cache_dir)
+        all_heldout, test_view = test_view, old.covered(test_view)
+        if test_view.num_samples < all_heldout.num_samples:
+            text = f"old vectors exist for {test_view.num_samples} of {all_heldout.num_samples} held-out images: the report is of these"
+            report({"type": "note", "stage": "evaluation", "text": text})
         what = f"vectors given, one an {old.by}: {config.old.vectors}"
         report({"type": "stage_skipped", "stage": "old", "why": what})
     else:

@@ -153,13 +153,15 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
         first_rows = classifier.fingerprint(Path(config.head.start_from), in_mib(progress, "reading rows"))
     dataset = prepare_data(config.data, cache, progress, cache_settings(config))
     old_weights = None if old_model is None else old_model.fingerprint
+    parts = open_parts(config.data, Path(), dataset, cache)
+    heldout = parts.view("heldout")
     if config.old.vectors is not None:
         vectors = Path(config.old.vectors)
         if old_model is None:
-            old_weights = open_stored(vectors, dataset, config.old.embedding_dim, cache).fingerprint
+            stored = open_stored(vectors, parts.view("train"), config.old.embedding_dim, cache)
+            old_weights, heldout = stored.fingerprint, stored.covered(heldout)
         else:
             check_against_vectors(old_model, vectors, dataset, config.data.image_size, cache)
-    parts = open_parts(config.data, Path(), dataset, cache)
     if config.compat.maps_only or config.compat.manner != "direct":
         judging = int((parts.view("train").count_C > 1).sum())
         if judging < LEAST_IDENTITIES:
@@ -170,7 +172,6 @@ def prepare(config: Config, num_ranks: int, with_independent: bool, cache: Path,
     seen = None
     if config.old.identities is not None:
         seen = hashlib.sha256("\n".join(sorted(seen_identities(config, Path(), parts))).encode()).hexdigest()[:16]
-    heldout = parts.view("heldout")
     heldout_attributes(config, Path(), dataset, np.asarray(heldout.sample_ids))
     if config.evaluation.pairs and config.old.weights is None and config.old.vectors is not None:
         raise ConfigError(

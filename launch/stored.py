@@ -19,6 +19,7 @@ from lce_dist.models.old_model import FrozenModel
 from lce_dist.models.stored_vectors import StoredVectors
 from lce_dist.world import World
 from pipelines.manifest import PackedDataset, View
+from pipelines.splits import select_samples
 from pipelines.stream import ImageStream, PlannedBatch, block_plan
 
 Int64Array = npt.NDArray[np.int64]
@@ -29,7 +30,7 @@ _CHECKED_IMAGES = 32  # on which a model and stored vectors must agree
 
 @dataclass(frozen=True, eq=False)
 class StoredOld:
-    """Vectors for every image of ``dataset`` (by "image"), or one for each identity (by "identity")."""
+    """Vectors for every training image of ``dataset`` (by "image"), or one for each identity (by "identity")."""
 
     vectors: StoredVectors
     dataset: PackedDataset
@@ -55,6 +56,25 @@ class StoredOld:
     def of_identities(self, keys: list[str]) -> torch.Tensor:
         """(n, D) float32 unit vectors."""
         return torch.from_numpy(self.vectors.rows(keys))
+
+    def covered(self, heldout: View) -> View:
+        """The held-out images that old vectors exist for: the report is of these. Errors: DataError where they say nothing."""
+        if self.by == "identity":
+            has_C = self.vectors.look_up(hash_keys(heldout.identities)) >= 0
+            has_N = has_C[np.asarray(heldout.labels)]
+        else:
+            assert self.dataset.name_hash_N2 is not None, "checked when it was opened"
+            has_N = self.vectors.look_up(self.dataset.name_hash_N2[np.asarray(heldout.sample_ids)]) >= 0
+        if bool(has_N.all()):
+            return heldout
+        found = select_samples(self.dataset, np.asarray(heldout.sample_ids)[has_N]) if has_N.any() else None
+        if found is None or found.num_classes < 2 or int(found.count_C.max()) < 2:
+            raise DataError(
+                f"stored vectors {self.vectors.path} hold {int(has_N.sum())} of the {heldout.num_samples} held-out images; the report "
+                "compares new vectors with old ones of held-out people, at least 2 of them, one with 2 images. Store vectors of "
+                "some, or name a split (data.split) whose held-out people have them"
+            )
+        return found
 
     def image_rounds(self, view: View, world: World) -> Callable[..., Iterator[EmbeddedRows]]:
         """A pass over the images of ``view`` that can be repeated, also from the middle."""
@@ -87,30 +107,30 @@ def _rows(
     return EmbeddedRows(unit, label, ids, rows_per_rank)
 
 
-def open_stored(path: Path, dataset: PackedDataset, embedding_dim: int, cache_dir: Path) -> StoredOld:
-    """Open stored vectors and find out what their keys name: all images of ``dataset``, or all of its identities.
+def open_stored(path: Path, trained: View, embedding_dim: int, cache_dir: Path) -> StoredOld:
+    """Open stored vectors and find out what their keys name: all images that the new model is ``trained`` on, or all identities.
 
     Errors: DataError, also where some of either have no vector; ConfigError for another dimension.
     """
-    vectors = StoredVectors.open(path, cache_dir)
+    vectors, dataset = StoredVectors.open(path, cache_dir), trained.dataset
     if vectors.embedding_dim != embedding_dim:
         raise ConfigError(
             f"old.embedding_dim is {embedding_dim}; stored vectors {path} have {vectors.embedding_dim}. Set it to "
             f"{vectors.embedding_dim}"
         )
-    identities = int((vectors.look_up(hash_keys(dataset.identities)) >= 0).sum())
-    if identities == len(dataset.identities):
+    identities = int((vectors.look_up(hash_keys(trained.identities)) >= 0).sum())
+    if identities == trained.num_classes:
         return StoredOld(vectors, dataset, "identity")
     names, images = dataset.name_hash_N2, 0
     if names is not None:
-        for first in range(0, len(names), _CHECKED_ROWS):
-            images += int((vectors.look_up(names[first : first + _CHECKED_ROWS]) >= 0).sum())
-        if images == dataset.num_samples:
+        for first in range(0, trained.num_samples, _CHECKED_ROWS):
+            images += int((vectors.look_up(names[trained.sample_ids[first : first + _CHECKED_ROWS]]) >= 0).sum())
+        if images == trained.num_samples:
             return StoredOld(vectors, dataset, "image")
     old_pack = " (the data set was packed before images' names were kept: pack it again)" if names is None else ""
     raise DataError(
-        f"stored vectors {path} hold {images} of the {dataset.num_samples} images{old_pack} and {identities} of the "
-        f"{len(dataset.identities)} identities of the data; must hold all of either. Key each vector by its image's path "
+        f"stored vectors {path} hold {images} of the {trained.num_samples} training images{old_pack} and {identities} of the "
+        f"{trained.num_classes} training identities; must hold all of either. Key each vector by its image's path "
         "in the folder or archive that was packed, as IDENTITY/FILE, or by identity"
     )
 

@@ -21,6 +21,14 @@ NET_NAMES: tuple[str, ...] = (
     *(f"{name}-gn" for name in _TINY_WIDTHS),
 )
 
+# as arcface_torch calls them
+NET_ALIASES = {f"r{name.removeprefix('iresnet')}": name for name in IRESNET_BLOCKS}
+
+
+def net_name(name: str) -> str:
+    """The name under which a network is known here: "iresnet50" of "r50"."""
+    return NET_ALIASES.get(name, name)
+
 
 def build_net(name: str, embedding_dim: int, image_size: int, seed: int) -> nn.Module:
     """A float32 network on the CPU: (B, 3, image_size, image_size) -> (B, embedding_dim), not normalised.
@@ -28,6 +36,7 @@ def build_net(name: str, embedding_dim: int, image_size: int, seed: int) -> nn.M
     Initial weights depend on the arguments alone; the global random state is neither read nor changed.
     Errors: ConfigError for an unknown name, or an ``image_size`` that is not a multiple of 16.
     """
+    name = net_name(name)
     if name not in NET_NAMES:
         near = difflib.get_close_matches(name, NET_NAMES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NET_NAMES)}"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.errors import CheckpointError, ConfigError
-from lce_dist.models.catalog import build_net
+from lce_dist.models.catalog import build_net, net_name
 from lce_dist.models.exported_program import ExportedProgram, load_exported_program
 from lce_dist.models.onnx_model import OnnxModel, load_onnx, looks_like_onnx, onnx_digest
 from lce_dist.models.preprocess import OUR_INPUT, InputSpec, prepare_images
@@ -83,7 +83,7 @@ class FrozenModel(nn.Module):
 
 def freeze_net(net: nn.Module, name: str, embedding_dim: int, input_spec: InputSpec) -> FrozenModel:
     """One of our own networks, frozen; its fingerprint is that of its file read by :func:`open_model`."""
-    return FrozenModel(net, embedding_dim, f"{name} {fingerprint(net)}", input_spec)
+    return FrozenModel(net, embedding_dim, f"{net_name(name)} {fingerprint(net)}", input_spec)
 
 
 def open_model(file: ModelFile, image_size: int, device: torch.device) -> FrozenModel:

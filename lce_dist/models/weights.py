@@ -19,27 +19,29 @@ from torch import nn
 
 from lce_dist.errors import CheckpointError, RunError
 
-_TORCH_SUFFIXES = (".pt", ".pth")
-_WRAPPERS = ("state_dict", "state_dict_backbone")  # the second is arcface_torch's, beside its head and optimizer
+# the second is arcface_torch's, beside its head and optimizer
+_WRAPPERS = ("state_dict", "state_dict_backbone", "model_state_dict", "model")
 _COUNTER = ".num_batches_tracked"  # read by momentum=None alone; files from before torch 0.4.1 and converters lack it
 
 
 def load_weights(net: nn.Module, path: Path) -> None:
-    """Fill ``net`` from a .safetensors file, or a .pt / .pth state dict; exactly its tensors, no more, no less.
+    """Fill ``net`` from safetensors or a torch state dict, told apart by content; exactly its tensors, no more, no less.
 
-    A ``{"state_dict": ...}`` wrapper, arcface_torch's ``checkpoint_gpu_0.pt`` around its backbone, and a "module."
-    in front of every name (DistributedDataParallel) are removed; counters of batches, which no forward reads, may lack.
+    A wrapper (``state_dict``, ``model_state_dict``, ``model``), arcface_torch's ``checkpoint_gpu_0.pt`` around its backbone, and a
+    "module." in front of every name (DistributedDataParallel) are removed; counters of batches, which no forward reads, may lack.
     Errors: CheckpointError for a file that is absent, damaged, holds code, or does not fit; ``net`` is as before.
     """
     if not path.is_file():
-        raise CheckpointError(f"weights {path} is not a file; name a .safetensors, .pt or .pth file")
-    if path.suffix == ".safetensors":
-        tensors = _read_safetensors(path)
-    elif path.suffix in _TORCH_SUFFIXES:
+        raise CheckpointError(f"weights {path} is not a file; name a file of safetensors or a torch state dict")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith((b"PK", b"\x80")):  # a zip, or the pickle of torch before 1.6: read without running any of it
         tensors = _read_torch(path)
+    elif head[8:9] == b"{":
+        tensors = _read_safetensors(path)
     else:
         raise CheckpointError(
-            f"weights {path} ends in {path.suffix!r}; must be .safetensors, .pt or .pth. Rename or convert it"
+            f"weights {path} is damaged, or neither safetensors nor a torch state dict; copy it again or convert it"
         )
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -91,7 +93,8 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_torch(path: Path) -> dict[str, torch.Tensor]:
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:  # of a path torch.load would look at the ending
+            value = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:

@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lce_dist.errors import CheckpointError, ConfigError, RunError
-from lce_dist.models.catalog import NET_NAMES, build_net, num_parameters
+from lce_dist.models.catalog import NET_NAMES, build_net, net_name, num_parameters
 from lce_dist.models.iresnet import IRESNET_BLOCKS, IResNet
 from lce_dist.models.mobilefacenet import MobileFaceNet
+from lce_dist.models.old_model import freeze_net
+from lce_dist.models.preprocess import OUR_INPUT
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
 
 TINY = tuple(name for name in NET_NAMES if name.startswith("tiny"))
@@ -248,6 +250,19 @@ def test_names_and_sizes_that_do_not_exist(arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_names_of_arcface_torch_are_names_of_ours():
+    assert [net_name(name) for name in ("r18", "r50", "r100", "iresnet18")] == [
+        "iresnet18",
+        "iresnet50",
+        "iresnet100",
+        "iresnet18",
+    ]
+    one, other = (build_net(name, 8, 32, seed=1) for name in ("r18", "iresnet18"))
+    assert fingerprint(one) == fingerprint(other)
+    spaces = {freeze_net(one, name, 8, OUR_INPUT).fingerprint for name in ("r18", "iresnet18")}
+    assert len(spaces) == 1
+
+
 def test_unknown_name_without_a_neighbour_lists_all():
     with pytest.raises(ConfigError, match=r"known: iresnet18, .*, tiny32-gn"):
         build_net("vgg", 512, 112, seed=0)
@@ -310,13 +325,15 @@ def test_fingerprint_ignores_order_and_layout_and_sees_everything_else():
     assert len({first, *(fingerprint(n) for n in (one_bit, buffer, half))}) == 4
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ""])
 @pytest.mark.parametrize(
     "wrap",
     [
         lambda state: state,
         lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
         lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"lr": 0.1}},
+        lambda state: {"model": state, "epoch": 3},
         lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
     ],
 )
@@ -336,17 +353,19 @@ class Burglar:
         return os.mkdir, (str(self.trace),)
 
 
+@pytest.mark.parametrize("suffix", ["pt", "ckpt", "bin", "safetensors"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, zipped):
-    path, trace = tmp_path / "evil.pt", tmp_path / "was_here"
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, zipped, suffix):
+    path, trace = tmp_path / f"evil.{suffix}", tmp_path / "was_here"
     net = build_net("tiny8", 32, 48, seed=1)
     before = fingerprint(net)
     torch.save({"state_dict": net.state_dict(), "hook": Burglar(trace)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"evil\.pt holds code \(\w+\.mkdir\).*refused.*state_dict"):
+    with pytest.raises(CheckpointError, match=r"evil\.\w+ holds code \(\w+\.mkdir\).*refused.*state_dict"):
         load_weights(net, path)
     assert not trace.exists()
     assert fingerprint(net) == before
-    torch.load(path, weights_only=False)  # our own file: it would have run
+    with path.open("rb") as file:
+        torch.load(file, weights_only=False)  # our own file: it would have run
     assert trace.exists()
 
 
@@ -365,7 +384,7 @@ def broken_files(tmp_path):
         "list.pt": (None, "holds a list"),
         "number.pt": (None, "'epoch' is a int; must be a tensor"),
         "plain.pt": (pickle.dumps({"a": 1}, protocol=2), "damaged"),
-        "model.onnx": (b"x", "must be .safetensors, .pt or .pth"),
+        "model.onnx": (b"x", "neither safetensors nor a torch state dict"),
     }
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({**state, "epoch": 3}, tmp_path / "number.pt")

@@ -22,7 +22,7 @@ from lce_dist.models.old_model import FrozenModel
 from lce_dist.models.preprocess import OUR_INPUT, InputSpec
 from lce_dist.models.weights import save_weights
 from lce_dist.world import World
-from pipelines.manifest import MANIFEST_FILE, PackedDataset
+from pipelines.manifest import MANIFEST_FILE, PackedDataset, View, split_identities
 from pipelines.pack import pack_folder
 from pipelines.stream import ImageStream, block_plan
 
@@ -53,6 +53,10 @@ class Place:
         people = sorted({key.partition("/")[0] for key in self.keys})
         means = [self.vectors[[key.startswith(f"{one}/") for key in self.keys]].mean(0) for one in people]
         return self.save("identity", people, np.stack(means))
+
+
+def everybody(dataset: PackedDataset) -> View:
+    return dataset.select(dataset.identities)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +94,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def test_vectors_by_image_stand_for_the_model_on_any_number_of_ranks(place: Place) -> None:
-    stored = open_stored(place.by_image(), place.dataset, DIM, place.folder)
+    stored = open_stored(place.by_image(), everybody(place.dataset), DIM, place.folder)
     assert stored.by == "image"
     view = place.dataset.select(place.dataset.identities[5:])
     row_of = {sample: row for row, sample in enumerate(range(place.dataset.num_samples))}
@@ -113,7 +117,7 @@ def test_vectors_by_image_stand_for_the_model_on_any_number_of_ranks(place: Plac
 
 
 def test_one_vector_an_identity_is_a_centre_without_a_boundary(place: Place) -> None:
-    stored = open_stored(place.by_identity(), place.dataset, DIM, place.folder)
+    stored = open_stored(place.by_identity(), everybody(place.dataset), DIM, place.folder)
     assert stored.by == "identity"
     view = place.dataset.select(place.dataset.identities[5:])
     space = compute_old_space(stored.identity_rounds(view, World()), view.num_classes, DIM, World())
@@ -124,15 +128,17 @@ def test_one_vector_an_identity_is_a_centre_without_a_boundary(place: Place) -> 
     sample = int(view.sample_ids[9])
     own = stored.of_images(np.array([sample]))
     torch.testing.assert_close(own, vectors[view.identities.index(place.keys[sample].partition("/")[0])][None])
-    assert stored.fingerprint != open_stored(place.by_image(), place.dataset, DIM, place.folder).fingerprint
+    assert stored.fingerprint != open_stored(place.by_image(), everybody(place.dataset), DIM, place.folder).fingerprint
 
 
 def test_what_does_not_fit_is_named(place: Place, tmp_path: Path) -> None:
     few = place.save("few", list(place.keys[:100]), place.vectors[:100])
-    with pytest.raises(DataError, match="100 of the 160 images and 0 of the 40 identities of the data; must hold all"):
-        open_stored(few, place.dataset, DIM, tmp_path)
+    with pytest.raises(
+        DataError, match="100 of the 160 training images and 0 of the 40 training identities; must hold all"
+    ):
+        open_stored(few, everybody(place.dataset), DIM, tmp_path)
     with pytest.raises(ConfigError, match=r"old.embedding_dim is 24; .* have 16\. Set it to 16"):
-        open_stored(place.by_image(), place.dataset, 24, tmp_path)
+        open_stored(place.by_image(), everybody(place.dataset), 24, tmp_path)
     other = place.save("other", ["x"], place.vectors[:1])
     model = FrozenModel(place.old, DIM, "x", OUR_INPUT)
     with pytest.raises(DataError, match="hold none of the 160 images"):
@@ -147,9 +153,9 @@ def test_what_does_not_fit_is_named(place: Place, tmp_path: Path) -> None:
     before = before.model_copy(update={"fingerprint": before.content_fingerprint()})
     (packed / MANIFEST_FILE).write_text(json.dumps(before.model_dump(exclude_none=True)))
     dataset = PackedDataset.open(packed)
-    assert open_stored(place.by_identity(), dataset, DIM, tmp_path).by == "identity"
+    assert open_stored(place.by_identity(), everybody(dataset), DIM, tmp_path).by == "identity"
     with pytest.raises(DataError, match="pack it again"):
-        open_stored(place.by_image(), dataset, DIM, tmp_path)
+        open_stored(place.by_image(), everybody(dataset), DIM, tmp_path)
 
 
 def test_a_model_is_held_against_stored_vectors(place: Place, tmp_path: Path) -> None:
@@ -206,3 +212,35 @@ def report_of(place: Place, name: str, old: dict[str, str]) -> dict:
     run_job(job, World(), lambda event: None)
     report: dict = json.loads((run_dir / "report.json").read_text())
     return report
+
+
+def test_vectors_of_training_images_will_do_and_the_report_is_of_held_out_ones_that_have_some(place: Place) -> None:
+    people = [key.partition("/")[0] for key in place.keys]
+    heldout = set(split_identities(place.dataset.identities, 10, 0.5, 1).heldout)
+    kept = sorted(heldout)[:4]  # of the ten, these have old vectors, the last of them of two photos
+    rows = [n for n, one in enumerate(people) if one not in heldout or one in kept]
+    rows = [n for n in rows if people[n] != kept[3] or place.keys[n][-5] in "01"]
+    file = place.save("training", [place.keys[n] for n in rows], place.vectors[rows])
+    report = report_of(place, "training", {"vectors": file.name})
+    assert report["num_heldout_images"] == 3 * PHOTOS + 2
+    assert report["old_old"]["num_genuine"] == report["new_new"]["num_genuine"]
+    # nobody who is held out, or nobody with two photos: nothing could be said
+    for name, more in (("none", []), ("one", [next(n for n in rows if people[n] == kept[0])])):
+        some = [n for n in rows if people[n] not in heldout] + more
+        file = place.save(name, [place.keys[n] for n in some], place.vectors[some])
+        with pytest.raises(DataError, match=f"hold {len(more)} of the 40 held-out images"):
+            report_of(place, name, {"vectors": file.name})
+    missing = [n for n in rows if n != next(n for n in rows if people[n] not in heldout)]
+    file = place.save("missing", [place.keys[n] for n in missing], place.vectors[missing])
+    with pytest.raises(DataError, match="119 of the 120 training images"):
+        report_of(place, "missing", {"vectors": file.name})
+
+
+def test_one_vector_an_identity_of_the_training_set_will_do(place: Place) -> None:
+    people = sorted({key.partition("/")[0] for key in place.keys})
+    heldout = split_identities(place.dataset.identities, 10, 0.5, 1).heldout
+    kept = [one for one in people if one not in set(heldout)] + list(heldout)[:3]
+    means = [place.vectors[[key.startswith(f"{one}/") for key in place.keys]].mean(0) for one in kept]
+    file = place.save("people", kept, np.stack(means))
+    report = report_of(place, "people", {"vectors": file.name})
+    assert report["num_heldout_images"] == 3 * PHOTOS and "old_old" not in report
