@@ -110,6 +110,16 @@ def test_apply_refuses_what_does_not_fit(tmp_path, bridge):
         lce("apply", tmp_path, good, "--out", tmp_path / "other.npz")
 
 
+def test_apply_refuses_a_key_that_stands_twice(tmp_path, bridge, monkeypatch):
+    monkeypatch.setattr("launch.vector_files._BLOCK_ROWS", 2)
+    for suffix in (".parquet", ".npz", ".npy"):
+        twice = stored(tmp_path / f"twice{suffix}", ["a", "b", "c", "b", "a"], some_rows(5, 6, 1))
+        before = set(tmp_path.iterdir())
+        with pytest.raises(DataError, match="the key of row 4 stands there before"):
+            lce("apply", bridge, twice, "--out", tmp_path / f"out{suffix}")
+        assert set(tmp_path.iterdir()) == before
+
+
 def test_damaged_and_foreign_files_are_refused(tmp_path):
     objects = tmp_path / "objects.npz"
     np.savez(objects, keys=np.array(["a"], dtype=object), vectors=some_rows(1, 6, 1))
