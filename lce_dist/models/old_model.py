@@ -24,7 +24,7 @@ from lce_dist.models.exported_program import ExportedProgram, load_exported_prog
 from lce_dist.models.onnx_model import OnnxModel, load_onnx, looks_like_onnx, onnx_digest
 from lce_dist.models.preprocess import OUR_INPUT, InputSpec, prepare_images
 from lce_dist.models.torchscript import load_torchscript
-from lce_dist.models.weights import fingerprint, load_weights
+from lce_dist.models.weights import fingerprint, is_safetensors, load_weights
 
 Kind = Literal["tensors", "torchscript", "exported", "onnx"]
 
@@ -125,9 +125,11 @@ def model_kind(path: Path) -> Kind:
         raise CheckpointError(f"model {path} is not a file; name a .safetensors, .pt, .pth, .pt2 or .onnx file")
     with path.open("rb") as file:
         head = file.read(16)
+    if is_safetensors(head):
+        return "tensors"
     if head.startswith(b"PK"):
         return _zip_kind(path)
-    if head[:1] == b"\x80" or head[8:9] == b"{":  # a pickle as torch before 1.6 saved; the header of safetensors
+    if head[:1] == b"\x80":  # a pickle as torch before 1.6 saved
         return "tensors"
     if looks_like_onnx(path.read_bytes()):
         return "onnx"

@@ -21,6 +21,7 @@ from lce_dist.errors import CheckpointError, RunError
 
 # the second is arcface_torch's, beside its head and optimizer
 _WRAPPERS = ("state_dict", "state_dict_backbone", "model_state_dict", "model")
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _COUNTER = ".num_batches_tracked"  # read by momentum=None alone; files from before torch 0.4.1 and converters lack it
 
 
@@ -35,10 +36,10 @@ def load_weights(net: nn.Module, path: Path) -> None:
         raise CheckpointError(f"weights {path} is not a file; name a file of safetensors or a torch state dict")
     with path.open("rb") as file:
         head = file.read(9)
-    if head.startswith((b"PK", b"\x80")):  # a zip, or the pickle of torch before 1.6: read without running any of it
-        tensors = _read_torch(path)
-    elif head[8:9] == b"{":
+    if is_safetensors(head):
         tensors = _read_safetensors(path)
+    elif head.startswith((b"PK", b"\x80")):  # a zip, or the pickle of torch before 1.6: read without running any of it
+        tensors = _read_torch(path)
     else:
         raise CheckpointError(
             f"weights {path} is damaged, or neither safetensors nor a torch state dict; copy it again or convert it"
@@ -49,6 +50,14 @@ def load_weights(net: nn.Module, path: Path) -> None:
     tensors = counters | tensors
     _check_fit(net, tensors, path)
     net.load_state_dict(tensors)
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Whether a file begins, in its first 9 bytes, as safetensors: the length of a header, and its brace.
+
+    To be asked before any other kind: the length's bytes may be those that a pickle or a zip begins with.
+    """
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _LONGEST_HEADER
 
 
 def save_weights(net: nn.Module, path: Path, card: dict[str, str]) -> None:

@@ -14,7 +14,7 @@ from lce_dist.errors import CheckpointError, ConfigError, RunError
 from lce_dist.models.catalog import NET_NAMES, build_net, net_name, num_parameters
 from lce_dist.models.iresnet import IRESNET_BLOCKS, IResNet
 from lce_dist.models.mobilefacenet import MobileFaceNet
-from lce_dist.models.old_model import freeze_net
+from lce_dist.models.old_model import freeze_net, model_kind
 from lce_dist.models.preprocess import OUR_INPUT
 from lce_dist.models.weights import fingerprint, load_weights, save_weights
 
@@ -343,6 +343,20 @@ def test_torch_state_dicts_load(tmp_path, suffix, wrap):
     torch.save(wrap(net.state_dict()), path)
     load_weights(other, path)
     assert fingerprint(other) == fingerprint(net)
+
+
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_a_header_whose_length_reads_as_another_kind_is_still_safetensors(tmp_path, start):
+    net, other = (build_net("tiny8", 32, 48, seed) for seed in (1, 2))
+    path = tmp_path / "net.safetensors"
+    save_file(net.state_dict(), path, metadata={"about": "x"})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    missing = (int.from_bytes(start, "little") - length) % 256 ** len(start)
+    save_file(net.state_dict(), path, metadata={"about": "x" * (1 + missing)})
+    assert path.read_bytes().startswith(start)
+    load_weights(other, path)
+    assert fingerprint(other) == fingerprint(net)
+    assert model_kind(path) == "tensors"
 
 
 class Burglar:
