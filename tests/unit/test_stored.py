@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.job import Job, run_job
+from launch.job import Job, _old_space, run_job
+from launch.parts import open_parts
+from launch.prepare import seen_identities
 from launch.stored import check_against_vectors, open_stored
 from lce_dist.compat.old_space import compute_old_space
 from lce_dist.config import parse_config
@@ -244,3 +246,34 @@ def test_one_vector_an_identity_of_the_training_set_will_do(place: Place) -> Non
     file = place.save("people", kept, np.stack(means))
     report = report_of(place, "people", {"vectors": file.name})
     assert report["num_heldout_images"] == 3 * PHOTOS and "old_old" not in report
+
+
+def test_the_identities_that_an_old_model_has_seen_come_from_its_file(place: Place) -> None:
+    """Alignment weights of the stored space are those of the listed people alone, not of a share of the split."""
+    split = split_identities(place.dataset.identities, 10, 0.5, 1)
+    train = sorted(split.train)
+    listed = [key for key in train if key not in set(split.old)][:5]  # none that the split would have guessed
+    (place.folder / "seen.txt").write_text("".join(f"{key}\n" for key in [*listed, "somebody else"]), encoding="utf-8")
+    values = {
+        "data": {"images": "photos", "image_size": SIZE, "heldout_identities": 10},
+        "old": {"embedding_dim": DIM, "vectors": place.by_image().name, "identities": "seen.txt"},
+        "new": {"net": "tiny16", "embedding_dim": DIM},
+        "head": {"loss": "softmax"},
+        "compat": {"seen_only": True},
+    }
+    config = parse_config(values, "test", json_mode=True)
+    parts = open_parts(config.data, place.folder, place.dataset, None)
+    assert seen_identities(config, place.folder, parts) == set(listed)
+    directories = (place.folder / "packed", place.folder / "seen-run", place.folder / "seen-cache")
+    job = Job(config, *directories, "f" * 16, "e" * 16, place.folder, False, {}, {})
+    old = open_stored(place.folder / "image.npz", parts.view("train"), DIM, place.folder)
+    space = _old_space(job, old, parts.view("train"), World(), lambda event: None)
+    assert space.align_weight_S is not None
+    weighed = [key for key, weight in zip(train, space.align_weight_S.tolist(), strict=True) if weight > 0.0]
+    assert weighed == listed
+    for text, words in (("somebody else\n", "names none of the 30 training identities"), (None, "is not a file")):
+        (place.folder / "seen.txt").unlink()
+        if text is not None:
+            (place.folder / "seen.txt").write_text(text)
+        with pytest.raises(DataError, match=words):
+            seen_identities(config, place.folder, parts)
