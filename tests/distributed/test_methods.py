@@ -246,10 +246,10 @@ def test_nccl_by_hand():
     head = build_head(HEAD, OptimConfig(), 2, 2, 7, world, lambda step: 0.1, weight_SD=torch.eye(2))
     unit, labels, half = torch.eye(2), torch.arange(2), torch.full((2,), 0.5)
     batch = MethodBatch(unit, unit, unit, unit, labels, half, slice(0, 2), (2,), labels, 0, world, head)
-    expected = 2.0 * (math.log(math.e + 1.0) - 1.0)
-    assert float(method.loss(batch)) == pytest.approx(expected, rel=1e-6)
+    expected = 2.0 * math.log(1.0 + math.exp(-1.0 / Nccl.TEMPERATURE))
+    assert float(method.loss(batch)) == pytest.approx(expected, abs=1e-6)
     # the two rows are in the bank now: each old vector counts twice, for and against
-    again = 2.0 * (math.log(2.0 * math.e + 2.0) - 1.0)
+    again = 2.0 * (math.log(2.0) + math.log(1.0 + math.exp(-1.0 / Nccl.TEMPERATURE)))
     assert float(method.loss(replace(batch, step=1))) == pytest.approx(again, rel=1e-6)
     assert method.bank_labels.tolist() == [0, 1, 0, 1] and torch.equal(method.bank, unit.repeat(2, 1))
 

@@ -191,7 +191,7 @@ def test_fit_matches_rows_by_key_and_show_prints_the_table(tmp_path, capsys):
     capsys.readouterr()
     lce("show", out)
     shown = capsys.readouterr().out
-    assert "new_to_old, 8 to 6 values, linear" in shown and shown.count("tar_at_far_0.01") == 8
+    assert "new_to_old, 8 to 6 values, linear" in shown and shown.count("tar_at_far_0.01") == 12
     assert "<- chosen" in shown and "0001.jpg" not in shown and "person" not in shown
     lce("apply", out, new, "--out", tmp_path / "mapped.parquet")
     with pytest.raises(ConfigError, match="is not overwritten"):

@@ -262,6 +262,7 @@ def test_a_damaged_classifier_is_refused(classifier: Path, tmp_path: Path, spoil
 def test_files_and_manifest_that_do_not_fit_are_refused(classifier: Path, tmp_path: Path) -> None:
     manifest = json.loads((classifier / "manifest.json").read_text())
     manifest["shapes"] = {name: [6, *shape[1:]] for name, shape in manifest["shapes"].items()}
+    del manifest["sha256"]  # as of a release that did not seal them
     (classifier / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="has 5 rows in its files; the manifest says 6"):
         export(classifier, None, tmp_path / "r.safetensors")

@@ -16,14 +16,15 @@ from launch import embed
 from launch.cli import main
 from launch.job import Job, embedded
 from launch.vector_files import open_vectors
-from lce_dist.compat.artefact import map_rows, read_bridge, save_bridge
+from lce_dist.compat.artefact import map_rows, save_bridge
 from lce_dist.compat.bridges import build_bridge
+from lce_dist.compat.rotation import fold_rotation
 from lce_dist.config import load_config
 from lce_dist.embedding import gather_all
 from lce_dist.models.catalog import build_net
-from lce_dist.models.old_model import ModelFile, open_model
-from lce_dist.models.preprocess import InputSpec
-from lce_dist.models.weights import fingerprint, save_weights
+from lce_dist.models.old_model import ModelFile, freeze_net, open_model
+from lce_dist.models.preprocess import OUR_INPUT, InputSpec
+from lce_dist.models.weights import save_weights
 from lce_dist.world import World
 from pipelines.manifest import PackedDataset
 from pipelines.pack import pack_folder
@@ -76,6 +77,11 @@ def evaluated(run: Path, net: nn.Module, dataset: PackedDataset) -> tuple[np.nda
     return vectors.numpy(), ids.numpy()
 
 
+def space_of(net: nn.Module) -> str:
+    """As reports, maps and the next run name it."""
+    return freeze_net(net, "tiny8", DIM, OUR_INPUT).fingerprint
+
+
 def lce(*words: object) -> int:
     return main(["embed", *map(str, words), "--device", "cpu"])
 
@@ -99,7 +105,7 @@ def test_vectors_are_those_of_evaluation(tmp_path, photos, run_dir, suffix, caps
     assert keys == sorted(keys) and who == [key.partition("/")[0] for key in keys]
     place = {int(key.partition("/")[2]): row for row, key in enumerate(keys)}
     np.testing.assert_array_equal(rows[[place[int(one)] for one in ids]], truth)
-    assert space == fingerprint(net)
+    assert space == space_of(net)
     assert {path.stat().st_mode & 0o777 for path in out.parent.iterdir()} == {0o600}
     assert out.parent.stat().st_mode & 0o777 == 0o700
     # the same images as a folder, under their own names
@@ -190,7 +196,7 @@ def test_a_stage_tells_what_it_is(tmp_path, photos, run_dir, capsys):
     """With or without its run; the given weights of a run; the rotation that is part of a new model."""
     lce(run_dir / "old", photos, "--out", tmp_path / "old.npz")
     old = read(tmp_path / "old.npz")
-    assert old[3] == fingerprint(build_net("tiny8", DIM, SIZE, seed=1))
+    assert old[3] == space_of(build_net("tiny8", DIM, SIZE, seed=1))
     alone = tmp_path / "copied"
     alone.mkdir()
     (alone / "model.safetensors").write_bytes((run_dir / "old" / "model.safetensors").read_bytes())
@@ -210,18 +216,19 @@ def test_a_stage_tells_what_it_is(tmp_path, photos, run_dir, capsys):
     assert "has not finished" in refusal(capsys, other / "new", photos, "--out", tmp_path / "x.npz")
     # mapping-direct
     config = json.loads((run_dir / "resolved.json").read_text())
-    config["compat"]["mode"] = "mapping-direct"
+    config["compat"] = {"mode": "mapping-direct"}
     (run_dir / "resolved.json").write_text(json.dumps(config))
-    turn = build_bridge("linear", DIM, DIM, seed=5).eval()
-    save_bridge(run_dir / "bridge", turn, {"kind": "linear", "dim_in": DIM, "dim_out": DIM, "direction": "new_to_old"})
+    net = build_net("tiny8", DIM, SIZE, seed=2)
+    fold_rotation(net, torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(5)))[0])
+    card = {"stage": "new rotated", "net": "tiny8", "embedding_dim": str(DIM), "image_size": str(SIZE)}
+    save_weights(net, run_dir / "new" / "model.safetensors", card)
     lce(run_dir / "new", photos, "--out", tmp_path / "turned.npz")
     turned = read(tmp_path / "turned.npz")
-    net = nn.Sequential(build_net("tiny8", DIM, SIZE, seed=2), read_bridge(run_dir / "bridge"))
-    assert turned[3] == fingerprint(net)
+    assert turned[3] == space_of(net) != space_of(build_net("tiny8", DIM, SIZE, seed=2))
 
 
 def test_a_map_is_applied_and_checked(tmp_path, photos, run_dir, capsys):
-    space = fingerprint(build_net("tiny8", DIM, SIZE, seed=2))
+    space = space_of(build_net("tiny8", DIM, SIZE, seed=2))
     card = {"kind": "linear", "dim_in": DIM, "dim_out": 10, "direction": "new_to_old"}
     made = build_bridge("linear", DIM, 10, seed=3).eval()
     save_bridge(tmp_path / "bridge", made, {**card, "from_space": space, "to_space": "old space"})

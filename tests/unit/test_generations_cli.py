@@ -154,7 +154,7 @@ def test_runs_that_do_not_follow_each_other_are_refused(runs: Runs, capsys: pyte
     assert "--far is 2.0" in refusal(chain[0], "--far", "2.0")
     assert "must end in .json, or be a folder" in refusal(chain[0], "--out", str(runs.folder / "gen.png"))
     (runs.folder / "file").write_text("")
-    assert "cannot be written" in refusal(chain[0], "--out", str(runs.folder / "file" / "gen.json"))
+    assert "is not a folder" in refusal(chain[0], "--out", str(runs.folder / "file" / "gen.json"))
     assert not (runs.folder / "gen.png").exists()
     (runs.folder / "first" / "resolved.json").write_text("{")
     assert "is damaged" in refusal(chain[0])
