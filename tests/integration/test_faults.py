@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,12 +15,10 @@ from ray.cluster_utils import Cluster
 
 from launch.job import _seed_of
 from launch.parts import open_parts, training_order
-from launch.starts import read_starts
 from lce_dist.config import load_config
-from lce_dist.training.checkpoint import committed_steps
 from pipelines.manifest import PackedDataset
 from pipelines.order import hash_ids
-from tests.integration.conftest import Workplace, wait_for, workers_of
+from tests.integration.conftest import Workplace, wait_for
 
 MEMORY = {"object_store_memory": 80 << 20}
 FOLLOWED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
@@ -83,9 +79,9 @@ def test_a_worker_hangs_a_node_is_lost_and_another_comes(workplace: Workplace, n
 
         def until(words: str, more: int, times: int = 1) -> None:
             """Until it is said so often, and so many steps are done after that."""
-            wait_for(lambda: len(re.findall(words, said.read_text())) >= times, process, 150)
+            wait_for(lambda: len(re.findall(words, said.read_text())) >= times, process, 300)
             done = steps()
-            wait_for(lambda: steps() > done + more or steps() < done, process, 150)
+            wait_for(lambda: steps() > done + more or steps() < done, process, 300)
 
         wait_for(lambda: steps() > 60, process, 200)
         frozen = training_workers(nodes.address)[-1]
@@ -115,37 +111,3 @@ def test_a_worker_hangs_a_node_is_lost_and_another_comes(workplace: Workplace, n
     assert lines == [f"{step}\t{len(ids)}\t{hash_ids(ids)}" for step, ids in enumerate(truth)]
     points = workplace.losses("elastic", "new")
     assert set(range(10, max(points) + 1, 10)) <= points.keys(), "a gap in the metrics"
-
-
-def test_failures_end_a_run_only_without_a_new_checkpoint_between(workplace: Workplace) -> None:
-    settings = ("--set", "cluster.max_failures=1", "--set", "old.epochs=1.0", "--set", "new.epochs=4000.0")
-    run = workplace.folder / "runs" / "often"
-    process = workplace.start("train", "--config", "gn.toml", "--name", "often", *settings)
-    try:
-        for failures in (1, 2):  # each after a checkpoint of its own
-            before = max(committed_steps(run / "new" / "checkpoints"), default=0)
-            wait_for(
-                lambda before=before: max(committed_steps(run / "new" / "checkpoints"), default=0) > before,
-                process,
-                300,
-            )
-            for worker in workers_of(process):
-                worker.kill()
-            wait_for(
-                lambda failures=failures: sum(one["what"] == "failure" for one in read_starts(run)) == failures,
-                process,
-                300,
-            )
-        deadline_s = time.monotonic() + 300
-        while process.poll() is None:  # from now on none lives to write one
-            assert time.monotonic() < deadline_s
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for worker in workers_of(process):
-                    worker.kill()
-            time.sleep(0.05)
-        output = process.communicate()[0]
-        assert process.returncode == 1, output
-        assert "failed 2 times without a new checkpoint between (cluster.max_failures is 1)" in output, output
-    finally:
-        process.kill()
-        process.wait()
