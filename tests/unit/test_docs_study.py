@@ -55,3 +55,23 @@ def test_the_weights_that_were_tried_are_the_records() -> None:
             assert any(line.startswith(begin) and line.endswith(end) for line in pairs)
             counted += 1
     assert counted == len(pairs) > 0
+
+
+def test_the_part_that_was_run_at_tuned_weights_is_the_records() -> None:
+    raw = record("compatibility-part")["raw"]
+    for row in raw["rows"]:
+        if row["contestant"] != "independent":
+            lead, kept, p_1 = (row["values"][name] for name in ("lead", "kept", "P_1"))
+            bounds = ", ".join(f"{bound:+.3f}" for bound in lead["interval"])
+            cells = (row["contestant"], f"{lead['mean']:+.3f} [{bounds}]", f"{kept['mean']:.3f}", f"{p_1['mean']:.3f}")
+            assert f"| {' | '.join(cells)} |" in TABLES
+    # the tries are the same in both records
+    tries = {
+        (one["method"], round(one.get("method_weight", one.get("align_weight")), 6)): one["numbers"]["P_1"]
+        for one in record("compatibility-tries")["raw"]["tries"]
+        if one["mode"] == "training-direct"
+    }
+    for one in raw["tuning"]["weights"]:
+        method = "lce" if one["contestant"].startswith("LCE") else one["contestant"]
+        for tried in one["tries"]:
+            assert tries[method, round(tried["weight"], 6)] == tried["P_1"]
