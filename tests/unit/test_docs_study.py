@@ -40,7 +40,7 @@ def test_the_table_of_maps_is_the_records() -> None:
 
 def test_the_weights_that_were_tried_are_the_records() -> None:
     raw = record("compatibility-tries")["raw"]
-    shown = {line.split(" | ")[0].strip("| "): line for line in TABLES}
+    shown = {line.split(" | ")[0].strip("| "): line for line in TABLES if re.search(r"\d: [+-]0", line)}
     pairs = [line for line in TABLES if line.startswith(("| faces | ", "| omniglot | "))]
     counted = 0
     for one in raw["tries"]:
