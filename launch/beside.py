@@ -84,12 +84,12 @@ def look(job: Job, step: int) -> Look | None:
     heldout = parts.view("heldout")
     if config.old.weights is None and config.old.vectors is not None:
         heldout = _stored(job, parts).covered(heldout)
-    test = _some(heldout, config.run.seed, config.checkpoint.evaluate_images)
+    test = some_identities(heldout, config.run.seed, config.checkpoint.evaluate_images)
     new = _set(job, "new", net, config.new.embedding_dim, test, alone)
     old = _old_set(job, dataset, test, alone, "test")
     query, gallery = new, old
     if config.compat.manner != "direct":
-        fitted_on = _some(parts.view("train"), config.run.seed, config.checkpoint.evaluate_images)
+        fitted_on = some_identities(parts.view("train"), config.run.seed, config.checkpoint.evaluate_images)
         new_fit = _set(job, "new", net, config.new.embedding_dim, fitted_on, alone)
         old_fit = _old_set(job, dataset, fitted_on, alone, "train")
         if config.compat.manner == "backward":
@@ -139,10 +139,6 @@ def _warning(before: list[dict[str, Any]], step: int, new_old: float) -> str | N
         f"M(n,o) fell to {new_old:.4f} at step {step} from {best['new_old']:.4f} at step {best['step']}: compatibility is being "
         "lost. If it goes on, raise compat.align_weight or lower optim.lr"
     )
-
-
-def _some(view: View, seed: int, most_images: int) -> View:
-    return some_identities(view, seed, most_images)
 
 
 def _set(job: Job, name: str, net: nn.Module | StoredOld, dim: int, view: View, world: World) -> EmbeddingSet:

@@ -17,7 +17,19 @@ _SEARCHED_BYTES = 1 << 24
 _READ_KEYS = 1 << 16
 
 
-class Identities(Sequence[str]):
+class _Keys(Sequence[str]):
+    """Equal to any sequence of the same keys."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+
+class Identities(_Keys):
     """The lines of identities.txt, sorted and unique, one key a label; equal to any sequence of the same keys.
 
     start_C (C + 1,): the byte at which each line begins, and the end of the file.
@@ -52,14 +64,6 @@ class Identities(Sequence[str]):
         for first in range(0, len(self), _READ_KEYS):
             yield from self._lines(first, min(first + _READ_KEYS, len(self)))
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
-
     def __repr__(self) -> str:
         return f"Identities({len(self)})"  # who they are is personal
 
@@ -86,7 +90,7 @@ class Identities(Sequence[str]):
         return text.decode("utf-8").split("\n")[:-1]
 
 
-class Chosen(Sequence[str]):
+class Chosen(_Keys):
     """Some keys of a sequence, by their places in it; read where they are asked for."""
 
     def __init__(self, keys: Sequence[str], place_C: Int64Array) -> None:
@@ -107,14 +111,6 @@ class Chosen(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for first in range(0, len(self), _READ_KEYS):
             yield from self._some(self.place_C[first : first + _READ_KEYS])
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))
 
     def __repr__(self) -> str:
         return f"Chosen({len(self)} of {len(self.keys)})"
