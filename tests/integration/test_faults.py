@@ -15,10 +15,12 @@ from ray.cluster_utils import Cluster
 
 from launch.job import _seed_of
 from launch.parts import open_parts, training_order
+from launch.starts import read_starts
 from lce_dist.config import load_config
+from lce_dist.training.checkpoint import committed_steps
 from pipelines.manifest import PackedDataset
 from pipelines.order import hash_ids
-from tests.integration.conftest import Workplace, wait_for
+from tests.integration.conftest import Workplace, wait_for, workers_of
 
 MEMORY = {"object_store_memory": 80 << 20}
 FOLLOWED = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
@@ -111,3 +113,37 @@ def test_a_worker_hangs_a_node_is_lost_and_another_comes(workplace: Workplace, n
     assert lines == [f"{step}\t{len(ids)}\t{hash_ids(ids)}" for step, ids in enumerate(truth)]
     points = workplace.losses("elastic", "new")
     assert set(range(10, max(points) + 1, 10)) <= points.keys(), "a gap in the metrics"
+
+
+def test_failures_end_a_run_only_without_a_new_checkpoint_between(workplace: Workplace) -> None:
+    """Each kill falls after the workers of an attempt are up: before that it would be a failure to place them."""
+    settings = ("--set", "cluster.max_failures=1", "--set", "old.epochs=1.0", "--set", "new.epochs=4000.0")
+    settings += ("--set", "checkpoint.every_steps=300")  # seconds, so that the last kills leave no time for one
+    run = workplace.folder / "runs" / "often"
+    process = workplace.start("train", "--config", "gn.toml", "--name", "often", *settings)
+
+    def told(what: str) -> int:
+        return sum(one["what"] == what for one in read_starts(run))
+
+    def newest() -> int:
+        return max(committed_steps(run / "new" / "checkpoints"), default=0)
+
+    try:
+        for failures in (1, 2):  # each after a checkpoint of its own
+            before = newest()
+            wait_for(lambda before=before: newest() > before, process, 300)
+            attempts = told("workers_up")
+            for worker in workers_of(process):
+                worker.kill()
+            wait_for(lambda failures=failures: told("failure") == failures, process, 300)
+            wait_for(lambda attempts=attempts: told("workers_up") > attempts, process, 300)
+        last = newest()
+        for worker in workers_of(process):  # the second in a row
+            worker.kill()
+        output = process.communicate(timeout=300)[0]
+        assert newest() == last, "a checkpoint was written between the last two failures"
+        assert process.returncode == 1, output
+        assert "failed 2 times without a new checkpoint between (cluster.max_failures is 1)" in output, output
+    finally:
+        process.kill()
+        process.wait()
