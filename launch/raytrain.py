@@ -29,6 +29,7 @@ from launch.job import Job, job_from_arguments, run_job, worker_arguments
 from launch.pulse import Place, Pulse, Stall, missing, whom_it_waits_for
 from launch.starts import Starts
 from lce_dist.errors import Interrupted, LceError, RunError, SetupError
+from lce_dist.training.checkpoint import committed_steps
 from lce_dist.training.requests import SAVE_FILE
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -322,6 +323,7 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
     thread.start()
     fatal: LceError | None = None
     failures, starts = InARow(job.config.cluster.max_failures), Starts(job.run_dir, 0.0)
+    saved = _newest_steps(job.run_dir)
     while True:
         ended = not thread.is_alive()
         for event in ray.get(mailbox.take.remote()):
@@ -329,10 +331,14 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
                 fatal = _error_of(event)
             elif event["type"] == "failure":
                 starts.see(event)
+                # on the disk: workers that die may not have told of a checkpoint any more
+                if (now := _newest_steps(job.run_dir)) != saved:
+                    saved = now
+                    failures.progressed()
                 if failures.failed() and fatal is None:
                     fatal = _given_up(job, event["text"], failures.count)
             else:
-                if event["type"] in ("checkpoint", "stage_done"):
+                if event["type"] == "stage_done":
                     failures.progressed()
                 watch.see(event)
                 yield event
@@ -358,6 +364,12 @@ def train_on_ray(job: Job, placement: Placement) -> Iterator[dict[str, Any]]:
             f"the workers could not be placed: {_last_line(error)}. All of it is in {log}; the same command goes on from the "
             "last checkpoint"
         )
+
+
+def _newest_steps(run_dir: Path) -> dict[str, int]:
+    """The newest checkpoint of each stage that has one."""
+    found = {path.parent.name: committed_steps(path) for path in run_dir.glob("*/checkpoints")}
+    return {stage: steps[0] for stage, steps in found.items() if steps}
 
 
 def _given_up(job: Job, text: str, count: int) -> RunError:
