@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launch.bridge_cli import add_bridge_commands
 from launch.ckpt_cli import add_ckpt_commands
@@ -278,5 +278,20 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise refusal
 
 
+def command() -> NoReturn:
+    """``main`` as a process of its own, which ends with its code whatever native threads are at.
+
+    A driver that was asked to stop leaves Ray's threads at work; taking the interpreter down beneath them ended, now and then, in
+    SIGSEGV after the last word was said: -11 where scripts look for 5.
+    """
+    code = main()
+    if "ray" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
