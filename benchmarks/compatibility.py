@@ -31,7 +31,7 @@ from benchmarks.compatibility_plan import (
     plan_of,
 )
 from benchmarks.compatibility_report import Row, marks_of, rows_of, save_picture, summary_of, table_of
-from benchmarks.compatibility_tuning import SCENARIO, SEED, SHARE, Tuned, tune, tuning_source, tuning_table
+from benchmarks.compatibility_tuning import SCENARIO, SEEDS, SHARE, Tuned, tune, tuning_source, tuning_table
 from benchmarks.compatibility_work import Results, perform_all
 from benchmarks.record import Mark, file_stem, write_record
 from lce_dist.errors import LceError
@@ -146,7 +146,7 @@ def report(arguments: argparse.Namespace, tuned: list[Tuned], rows: list[Row], f
     marks = [Mark("places that are not done", float(len(missing)), "== 0", not missing)]
     if not arguments.quick:
         marks += marks_of(rows)
-    tuning = {"seed": SEED, "share": SHARE, "scenario": SCENARIO.name, "weights": [one.plain() for one in tuned]}
+    tuning = {"seeds": SEEDS, "share": SHARE, "scenario": SCENARIO.name, "weights": [one.plain() for one in tuned]}
     raw = {"quick": arguments.quick, "tuning": tuning, "rows": [_plain(row) for row in rows], "failed": failed}
     return write_record(NAME, out, marks, raw, stem)
 

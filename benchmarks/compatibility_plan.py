@@ -89,6 +89,7 @@ class Contestant:
 INDEPENDENT = Contestant("independent", "none", (("mode", "training-backward"),))
 LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD = "LCE direct", "LCE backward", "LCE forward"
 LCE_DEFAULT = "LCE direct, default weights"
+LCE_PLAIN = "LCE direct, no pair term"
 MAP_BACKWARD, MAP_FORWARD = "mapping backward, chosen T", "mapping forward, chosen T"
 # presets, maps that lose to others, and what a term is worth: shown in some scenarios, so that the tuning is paid for
 _FEW = ("extended-class", "open-class", "network: small to large")
@@ -97,6 +98,7 @@ _TRAINED = (
     Contestant(LCE_BACKWARD, "training", (("mode", "training-backward"),), tuned=True),
     Contestant(LCE_FORWARD, "training", (("mode", "training-forward"),), tuned=True),
     Contestant(LCE_DEFAULT, "training", (("mode", "training-direct"),)),
+    Contestant(LCE_PLAIN, "training", (("mode", "training-direct"), ("pair_weight", 0.0)), tuned=True),
     *(
         Contestant(
             f"LCE {manner}, no pair term",

@@ -306,7 +306,7 @@ class CompatConfig(_Section):
     preset: Literal["default", "paper", "reference-code"] = "default"
     align_weight: Annotated[float, Field(ge=0.0)] = 128.0
     boundary_weight: Annotated[float, Field(ge=0.0)] = 4.0
-    pair_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    pair_weight: Annotated[float, Field(ge=0.0)] = 8.0
     boundary: Literal["cos", "angle"] = "cos"
     boundary_policy: Literal["max", "percentile", "iqr"] = "max"
     boundary_percentile: Annotated[float, Field(gt=0.0, le=100.0)] = 95.0
@@ -325,15 +325,6 @@ class CompatConfig(_Section):
             raise ValueError(
                 "single_image is 'slack' and slack_rad is 0: classes of one image would have a boundary of no width. "
                 "Set slack_rad, or single_image to 'align_only'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_need_a_map(self) -> CompatConfig:
-        if self.pair_weight > 0.0 and self.manner == "direct":
-            raise ValueError(
-                f"pair_weight is {self.pair_weight}; it draws mapped vectors to the other model's, and mode {self.mode!r} maps "
-                "none. Remove it, or use a backward or forward mode"
             )
         return self
 
@@ -371,7 +362,7 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
     if mode.startswith("mapping-"):
         return {"align_weight": 1.0, "boundary_weight": 1.0, "pair_weight": 0.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
-    pair = 0.0 if mode.endswith("-direct") else 0.25 * scale
+    pair = scale / 8.0 if mode.endswith("-direct") else scale / 4.0
     return {"align_weight": align, "boundary_weight": scale / 16.0, "pair_weight": pair}
 
 
@@ -399,6 +390,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 _OF_TRAINING = (
     "method_weight",
+    "pair_weight",
     "align_share",
     "boundary_policy",
     "boundary_percentile",

@@ -40,8 +40,8 @@ class Card:
 class MethodBatch:
     """One micro-batch: b rows of this rank, G of all ranks in rank order; vectors are unit rows.
 
-    new_bD and new_GD carry gradients; the gradient of new_GD is summed over ranks. old_bE and old_GE are the old
-    model's vectors of the same images, given when ``Card.needs`` has "batch". weight_G: each row's share of the
+    new_bD and new_GD carry gradients; the gradient of new_GD is summed over ranks. old_bE are the old model's vectors of
+    the same images, given when ``uses_old_vectors``; old_GE those of all ranks, when ``Card.needs`` has "batch". weight_G: each row's share of the
     global mean. own: this rank's rows among G. head: for the class rows of this shard; they get no gradient here.
     """
 

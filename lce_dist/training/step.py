@@ -99,7 +99,8 @@ def train_step(
             added = total.new_zeros(())
             if compat is not None:
                 new_GD = seen_GD if seen_bD is unit_bD else gather_rows(unit_bD, rows_per_rank, world, wire)
-                old_GE = gather_rows(old_bE, rows_per_rank, world) if old_bE is not None else None
+                of_all = old_bE if "batch" in compat.method.card.needs else None
+                old_GE = gather_rows(of_all, rows_per_rank, world) if of_all is not None else None
                 first = sum(rows_per_rank[: world.rank])
                 own = slice(first, first + rows_per_rank[world.rank])
                 seen = MethodBatch(

@@ -1,4 +1,4 @@
-"""Maps trained with the network: DeepSpeed's step on any number of ranks equals plain SGD over net, rows and maps."""
+"""LCE with its terms of images: DeepSpeed's step on any number of ranks equals plain SGD over net, rows and maps."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def compat_of(mode: str, kind: str) -> CompatConfig:
     return CompatConfig.model_validate({"mode": mode, "boundary": kind, "align_share": 0.5, **weights})
 
 
+def old_dim(mode: str) -> int:
+    return NEW if mode == "training-direct" else OLD
+
+
 def module(inputs: int, outputs: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(inputs, 5), nn.Tanh(), nn.Linear(5, outputs))
@@ -40,32 +44,34 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, NEW))
 
 
-def old_model(images: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:
-    return images.flatten(1)[:, :OLD] + 0.1
+def old_model(images: torch.Tensor, dim: int) -> torch.Tensor:
+    return images.flatten(1)[:, :dim] + 0.1
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(ROWS, 3, 2, 2, generator=generator)
     labels = torch.randint(CLASSES, (ROWS,), generator=generator)
-    centres = F.normalize(torch.randn(CLASSES, OLD, generator=generator))
+    centres = F.normalize(torch.randn(CLASSES, dim, generator=generator))
     return images, labels, centres, torch.full((CLASSES,), 0.6)
 
 
 def trained(world: World, mode: str, kind: str, accumulation: int, rate: float) -> dict[str, torch.Tensor]:
-    images, labels, centres, bound = inputs()
+    images, labels, centres, bound = inputs(old_dim(mode))
     rows = tuple((r + 1) * ROWS // world.size - r * ROWS // world.size for r in range(world.size))
     low = sum(rows[: world.rank])
     own = slice(low, low + rows[world.rank])
     first, last = shard_bounds(CLASSES, world.rank, world.size)
     space = OldSpace(centres[first:last], bound[first:last], torch.ones(last - first), CLASSES, first)
     config = compat_of(mode, kind)
-    method = Lce(config.manner, config, space, module(OLD, NEW, 1), module(NEW, OLD, 2), 3)
+    maps = (None, None) if mode == "training-direct" else (module(OLD, NEW, 1), module(NEW, OLD, 2))
+    method = Lce(config.manner, config, space, *maps, 3)
     optim = OptimConfig(global_batch=ROWS, accumulation=accumulation, clip_norm=0.0, precision="fp32")
     head_config = HeadConfig.model_validate({**HEAD, "sample_rate": rate, "sample_policy": "dense"})
     head = build_head(head_config, optim, CLASSES, NEW, 7, world, lambda step: 0.2, method.anchor())
     engine = Engine(net(), optim, world, method)
-    compat = Compatibility(method, space, old_model if method.uses_old_vectors else None)
+    assert method.uses_old_vectors
+    compat = Compatibility(method, space, lambda images, sample_ids: old_model(images, old_dim(mode)))
     batch = Batch(images[own], labels[own], torch.arange(own.start, own.stop), rows)
     losses = []
     for step in range(STEPS):
@@ -83,7 +89,7 @@ def outside(bound: torch.Tensor, cos: torch.Tensor, kind: str) -> torch.Tensor:
 
 def plain(mode: str, kind: str, rate: float) -> dict[str, torch.Tensor]:
     """One process, whole matrices, autograd, torch.optim.SGD."""
-    images, labels, centres, bound = inputs()
+    images, labels, centres, bound = inputs(old_dim(mode))
     model, forth, back = net(), module(OLD, NEW, 1), module(NEW, OLD, 2)
     rows = initial_rows(0, CLASSES, NEW, 7).requires_grad_()
     decay = OptimConfig().weight_decay
@@ -92,7 +98,7 @@ def plain(mode: str, kind: str, rate: float) -> dict[str, torch.Tensor]:
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=decay)
     rows_sgd = torch.optim.SGD([rows], lr=0.2, momentum=0.9, weight_decay=decay)
-    old = F.normalize(old_model(images, torch.arange(ROWS)))
+    old = F.normalize(old_model(images, old_dim(mode)))
     losses = []
     for step in range(STEPS):
         unit = F.normalize(model(images))
@@ -103,12 +109,15 @@ def plain(mode: str, kind: str, rate: float) -> dict[str, torch.Tensor]:
         loss = dense_margin_softmax(unit, rows[active], place, weights, None, CosFace(0.2), 8.0, None, World())
         turn = rotating_subset(3, step, 2, 0, CLASSES)
         turn = turn[drawn[turn]]
-        if len(turn):
+        if len(turn) and mode != "training-direct":
             row = F.normalize(rows[turn])
             there = (F.normalize(forth(centres[turn])) * row).sum(1)
             here = (F.normalize(back(row)) * centres[turn]).sum(1)
             loss = loss + 3.0 * (1.0 - 0.5 * (there + here)).sum() * 2 / CLASSES / rate
-        if mode.endswith("backward"):
+        if mode == "training-direct":
+            far = outside(bound[labels], (unit * centres[labels]).sum(1), kind)
+            pair = 1.0 - (unit * old).sum(1)
+        elif mode.endswith("backward"):
             far = outside(bound[labels], (F.normalize(back(unit)) * centres[labels]).sum(1), kind)
             pair = 1.0 - (F.normalize(back(unit)) * old).sum(1)
         else:
@@ -117,11 +126,16 @@ def plain(mode: str, kind: str, rate: float) -> dict[str, torch.Tensor]:
             pair = 1.0 - (F.normalize(forth(old)) * unit).sum(1)
         loss = loss + 2.0 * far.mean() + 1.5 * pair.mean()
         losses.append(loss.detach().double())
+        if mode == "training-direct":  # the head aligns rows in its update, and does not tell it as a loss
+            loss = loss + 3.0 * (1.0 - (F.normalize(rows) * centres).sum(1)).mean()
         sgd.zero_grad()
         rows_sgd.zero_grad()
         loss.backward()
         sgd.step()
         rows_sgd.step()
+    if mode == "training-direct":  # without maps the network is the engine's only module
+        found = {f"weight.{name}": p.detach() for name, p in model.named_parameters()}
+        return {**found, "rows": rows.detach(), "loss": torch.stack(losses)}
     found = {f"weight.net.{name}": p.detach() for name, p in model.named_parameters()}
     found |= {f"weight.beside.forth.{name}": p.detach() for name, p in forth.named_parameters()}
     found |= {f"weight.beside.back.{name}": p.detach() for name, p in back.named_parameters()}
@@ -131,6 +145,8 @@ def plain(mode: str, kind: str, rate: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("size", "mode", "kind", "accumulation", "rate"),
     [
+        (1, "training-direct", "cos", 1, 1.0),
+        (3, "training-direct", "angle", 2, 1.0),
         (1, "training-backward", "cos", 1, 1.0),
         (2, "training-backward", "angle", 3, 1.0),
         (3, "training-backward", "cos", 1, 0.6),
@@ -144,6 +160,8 @@ def test_maps_rows_and_network_move_as_in_plain_sgd(run_distributed, size, mode,
     for key, value in truth.items():
         found = torch.cat([part["rows"] for part in parts]) if key == "rows" else parts[0][key]
         torch.testing.assert_close(found, value, rtol=2e-4, atol=2e-6)
+    if mode == "training-direct":
+        return
     before = module(OLD, NEW, 1)[0].weight
     assert not torch.allclose(parts[0]["weight.beside.forth.0.weight"], before, atol=1e-4)
 

@@ -86,12 +86,9 @@ def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
     assert (compat.align_weight, compat.boundary_weight) == (64.0, 2.0)
     mapped = config_of({"mode": "training-forward"}, head={"loss": "softmax", "scale": 32.0}).compat
     assert (mapped.align_weight, mapped.boundary_weight, mapped.pair_weight) == (16.0, 2.0, 8.0)
-    assert (
-        compat.pair_weight == 0.0
-        and config_of({"mode": "training-backward", "preset": "paper"}).compat.pair_weight == 0.0
-    )
-    with pytest.raises(ConfigError, match=r"pair_weight is 1\.0; it draws mapped vectors"):
-        config_of({"pair_weight": 1.0})
+    assert compat.pair_weight == 4.0
+    for mode in ("training-direct", "training-backward"):
+        assert config_of({"mode": mode, "preset": "paper"}).compat.pair_weight == 0.0
     assert config_of({"boundary_weight": 7.0}, head={"loss": "softmax", "scale": 32.0}).compat.boundary_weight == 7.0
     assert config_of({}, head={"loss": "softmax"}).compat == CompatConfig()  # whose defaults stand for the head's own
     with pytest.raises(ConfigError, match="scale") as refused:
@@ -106,6 +103,7 @@ def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
     [
         ({"mode": "mapping-forward", "align_weight": 2.0}, "align_weight"),
         ({"mode": "mapping-forward", "boundary_weight": 2.0}, "boundary_weight"),
+        ({"mode": "mapping-forward", "pair_weight": 2.0}, "pair_weight"),
         ({"mode": "mapping-backward", "boundary": "angle"}, "boundary"),
         ({"mode": "mapping-backward", "boundary_policy": "iqr"}, "boundary_policy"),
         ({"mode": "mapping-backward", "bridge": "paper", "boundary_policy": "iqr"}, "boundary_policy"),

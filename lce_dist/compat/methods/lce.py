@@ -2,8 +2,8 @@
 
 Direct: class rows are drawn to old centres, new vectors stay inside the old classes' boundaries (compat/lce.py). With
 maps: rows and centres are aligned through T12 and T21, half each; backward keeps T21(new vector) inside the old boundary;
-forward keeps T12(old vector) as near to its new class row as the new vector of the same image is; and the mapped vector
-is drawn to the other model's vector of the same image (ours, not the paper's: ``pair_weight``).
+forward keeps T12(old vector) as near to its new class row as the new vector of the same image is. In every manner the
+(mapped) vector is drawn to the other model's vector of the same image (ours, not the paper's: ``pair_weight``).
 **Source**: Meng et al., "Learning Compatible Embeddings", ICCV 2021 (arXiv 2108.01958).
 """
 
@@ -37,8 +37,9 @@ class Lce(Method):
         "Meng et al., Learning Compatible Embeddings, ICCV 2021, arXiv 2108.01958",
         frozenset({"centres"}),
         frozenset({"direct", "backward", "forward"}),
-        "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks; nothing a image. Direct: inside the head's own "
-        "passes. With maps: two maps of at most 128 classes a step, one map of the batch, and the old model on the batch",
+        "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks. Direct: inside the head's own passes. With maps: "
+        "two maps of at most 128 classes a step, and one map of the batch. m images: the old model on the batch in each "
+        "step; with `pair_weight = 0` nothing, but in the forward manner",
         BOUNDARY_KEYS | {"align_weight", "boundary_weight", "boundary", "pair_weight", "seen_only", "align_share"},
     )
 
@@ -71,8 +72,6 @@ class Lce(Method):
 
     @property
     def uses_old_vectors(self) -> bool:
-        if self.manner == "direct":
-            return False
         return self._config.pair_weight > 0.0 or (self.manner == "forward" and self._config.boundary_weight > 0.0)
 
     def anchor(self) -> OldAnchor | None:
@@ -118,6 +117,8 @@ class Lce(Method):
         config, space = self._config, self._space
         if config.boundary_weight == 0.0 and config.pair_weight == 0.0:
             return None
+        if self.manner == "direct":  # the boundary is a part of the head's passes
+            return self._apart(batch.new_bD, batch.old_bE, batch) if config.pair_weight > 0.0 else None
         if self.manner == "backward" and self.back is not None:
             seen_bE = F.normalize(mapped(self.back, batch.new_bD))
             loss = self._apart(seen_bE, batch.old_bE, batch)
@@ -142,7 +143,7 @@ class Lce(Method):
         return {"new_to_old": self.back, "old_to_new": self.forth}
 
     def _apart(self, seen_bE: torch.Tensor, other_bE: torch.Tensor | None, batch: MethodBatch) -> torch.Tensor:
-        """The pair term: weighted mean of 1 - cos between mapped vectors and the other model's of the same images."""
+        """The pair term: weighted mean of 1 - cos between (mapped) vectors and the other model's of the same images."""
         if self._config.pair_weight == 0.0 or other_bE is None:
             return seen_bE.new_zeros(())
         far_b = 1.0 - (seen_bE * other_bE.to(seen_bE.dtype)).sum(1)
