@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # heavy imports wait until a command needs them
     import numpy.typing as npt
     import torch
 
-    from launch.vector_files import VectorFile
     from lce_dist.compat.fit import Pairs
+    from lce_dist.vector_files import VectorFile
 
 _BRIDGE = "a folder that holds a map, as RUN_DIR/NAME/bridge"
 _FILES = ".parquet (key, vector), .npz (keys, vectors), or .npy with NAME.keys.txt beside it"
@@ -138,9 +138,9 @@ def _apply(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from launch.progress import RunProgress
-    from launch.vector_files import Block, open_vectors, write_vectors
     from lce_dist.compat.artefact import map_rows, read_bridge, read_card
     from lce_dist.keys import hash_keys
+    from lce_dist.vector_files import Block, open_vectors, write_vectors
 
     _refuse_existing(arguments.out)
     card, bridge = read_card(arguments.bridge), read_bridge(arguments.bridge)
@@ -185,10 +185,10 @@ def _fit(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from launch.progress import RunProgress
-    from launch.vector_files import open_vectors
     from lce_dist.compat.artefact import card_of, save_bridge, spaces_of
     from lce_dist.compat.fit import fit_bridge
     from lce_dist.evaluation.by_identity import tar_by_identity
+    from lce_dist.vector_files import open_vectors
 
     _refuse_existing(arguments.out)
     for flag, value in (("--heldout", arguments.heldout), ("--far", arguments.far)):
@@ -225,8 +225,8 @@ def _pairs(new: VectorFile, old: VectorFile, names: Path | None, forward: bool, 
     import numpy as np
     import torch
 
-    from launch.vector_files import lines_of
     from lce_dist.compat.fit import Pairs
+    from lce_dist.vector_files import lines_of
 
     new_of, new_identities = _index(new)
     old_of, old_identities = _index(old)

@@ -19,10 +19,10 @@ import torch
 from launch.embedder import Embedder
 from launch.image_set import ImageSet
 from launch.progress import RunProgress
-from launch.vector_files import Block, write_vectors
 from lce_dist.compat.artefact import map_rows, read_bridge, read_card
 from lce_dist.embedding import embed_batches
 from lce_dist.errors import DataError, RunError
+from lce_dist.vector_files import Block, write_vectors
 from pipelines.stream import ImageStream, block_plan
 
 _ROWS = "rows.f32"

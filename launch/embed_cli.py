@@ -70,9 +70,9 @@ def _embed(arguments: argparse.Namespace) -> None:
     from launch.embedder import GivenModel, open_embedder
     from launch.image_set import open_images
     from launch.progress import RunProgress
-    from launch.vector_files import SUFFIXES
     from lce_dist.blocks import refuse_existing
     from lce_dist.models.preprocess import InputSpec
+    from lce_dist.vector_files import SUFFIXES
 
     out: Path = arguments.out
     if out.suffix not in SUFFIXES:

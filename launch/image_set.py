@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from launch.vector_files import lines_of
 from lce_dist.errors import DataError
 from lce_dist.keys import hash_keys
+from lce_dist.vector_files import lines_of
 from pipelines.folders import open_tree
 from pipelines.images import as_jpeg
 from pipelines.manifest import MANIFEST_FILE, PackedDataset, View, fetch_description, is_url

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from launch.vector_files import open_vectors
 from lce_dist.compat.artefact import map_rows
 from lce_dist.errors import DataError
+from lce_dist.vector_files import open_vectors
 
 if TYPE_CHECKING:
     from launch.progress import RunProgress
@@ -53,7 +53,8 @@ def load_vectors(path: Path, lengths: str, bridge: Bridge | None, progress: RunP
         raise DataError(
             f"vectors {path} have {file.dim} dimensions; the map begins at {bridge.dim_in}. Give the other side's"
         )
-    lying_ND = file.mapped() if bridge is None and lengths == "unit" else None
+    lies_ready = bridge is None and lengths == "unit" and file.dtype == np.dtype("<f4")
+    lying_ND = file.mapped() if lies_ready else None
     rows_ND = lying_ND
     if rows_ND is None:
         rows_ND = np.empty((file.num_rows, file.dim if bridge is None else bridge.dim_out), dtype=np.float32)

@@ -18,7 +18,6 @@ import torch
 from launch.pair_sets import file_fingerprint, open_pair_sets
 from launch.parts import Part, Parts, cache_settings, open_parts, shuffle_of, training_order
 from launch.stored import check_against_vectors, open_stored
-from launch.vector_files import lines_of
 from lce_dist.compat.fit import LEAST_IDENTITIES
 from lce_dist.compat.methods import METHODS, find_method
 from lce_dist.compat.rotation import last_layers
@@ -29,6 +28,7 @@ from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import FrozenModel, ModelFile, open_model
 from lce_dist.models.preprocess import InputSpec
 from lce_dist.training.plan import StagePlan, plan_stage
+from lce_dist.vector_files import lines_of
 from pipelines.attributes import Columns, attributes_of, drawn_attributes
 from pipelines.cache import DEFAULT_CACHE, CacheSettings
 from pipelines.manifest import IdentitySplit, PackedDataset, fetch_description, is_url

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from launch.cli import main
 from launch.job import Job, run_job
 from launch.prepare import prepare_data
-from launch.vector_files import Block, open_vectors, write_vectors
 from lce_dist.compat.artefact import map_rows, read_bridge, read_card
 from lce_dist.config import Config, parse_config
 from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import ModelFile, open_model
 from lce_dist.models.weights import save_weights
+from lce_dist.vector_files import Block, open_vectors, write_vectors
 from lce_dist.world import World
 
 SIZE, CPU = 32, torch.device("cpu")

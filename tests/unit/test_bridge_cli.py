@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from launch.bridge_cli import add_bridge_commands
 from launch.cli import main
-from launch.vector_files import Block, open_vectors, write_vectors
 from lce_dist.compat.artefact import read_bridge, read_card, save_bridge
 from lce_dist.compat.bridges import build_bridge
 from lce_dist.errors import CheckpointError, ConfigError, DataError
 from lce_dist.models.stored_vectors import StoredVectors
+from lce_dist.vector_files import Block, open_vectors, write_vectors
 
 
 def lce(*words: object) -> None:
@@ -60,7 +60,7 @@ def bridge(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("given", [".parquet", ".npz", ".npy"])
 @pytest.mark.parametrize("wanted", [".parquet", ".npz", ".npy"])
 def test_apply_maps_every_row_and_keeps_keys(given, wanted, tmp_path, bridge, monkeypatch):
-    monkeypatch.setattr("launch.vector_files._BLOCK_ROWS", 7)
+    monkeypatch.setattr("lce_dist.vector_files._BLOCK_ROWS", 7)
     keys = [f"Müller {n:03}.jpg" for n in range(23)]
     rows = some_rows(23, 6, 1)
     out = tmp_path / f"out{wanted}"
@@ -85,7 +85,7 @@ def test_identities_go_along(tmp_path, bridge):
 
 
 def test_an_upgrade_that_fails_leaves_nothing(tmp_path, bridge, monkeypatch):
-    monkeypatch.setattr("launch.vector_files._BLOCK_ROWS", 4)
+    monkeypatch.setattr("lce_dist.vector_files._BLOCK_ROWS", 4)
     rows = some_rows(9, 6, 1)
     rows[8] = 0.0
     for suffix in (".parquet", ".npz", ".npy"):
@@ -111,7 +111,7 @@ def test_apply_refuses_what_does_not_fit(tmp_path, bridge):
 
 
 def test_apply_refuses_a_key_that_stands_twice(tmp_path, bridge, monkeypatch):
-    monkeypatch.setattr("launch.vector_files._BLOCK_ROWS", 2)
+    monkeypatch.setattr("lce_dist.vector_files._BLOCK_ROWS", 2)
     for suffix in (".parquet", ".npz", ".npy"):
         twice = stored(tmp_path / f"twice{suffix}", ["a", "b", "c", "b", "a"], some_rows(5, 6, 1))
         before = set(tmp_path.iterdir())
@@ -151,7 +151,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 
 def test_a_compressed_npz_streams_like_any(tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.vector_files._BLOCK_ROWS", 5)
+    monkeypatch.setattr("lce_dist.vector_files._BLOCK_ROWS", 5)
     rows = some_rows(12, 3, 1).astype(np.float64)
     np.savez_compressed(tmp_path / "in.npz", keys=np.array([str(n) for n in range(12)]), vectors=rows)
     found = np.concatenate([block.rows_bD for block in open_vectors(tmp_path / "in.npz").blocks()])

@@ -15,7 +15,6 @@ from torch import nn
 from launch import embed
 from launch.cli import main
 from launch.job import Job, embedded
-from launch.vector_files import open_vectors
 from lce_dist.compat.artefact import map_rows, save_bridge
 from lce_dist.compat.bridges import build_bridge
 from lce_dist.compat.rotation import fold_rotation
@@ -25,6 +24,7 @@ from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import ModelFile, freeze_net, open_model
 from lce_dist.models.preprocess import OUR_INPUT, InputSpec
 from lce_dist.models.weights import save_weights
+from lce_dist.vector_files import open_vectors
 from lce_dist.world import World
 from pipelines.manifest import PackedDataset
 from pipelines.pack import pack_folder

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 
 from launch.evaluate_cli import add_evaluate_commands
-from launch.vector_files import Block, open_vectors, write_vectors
 from lce_dist.compat.artefact import map_rows, read_bridge, save_bridge
 from lce_dist.compat.bridges import build_bridge
 from lce_dist.errors import CheckpointError, ConfigError, DataError
@@ -26,6 +25,7 @@ from lce_dist.evaluation.protocol_figures import curve_points, identification_cu
 from lce_dist.evaluation.retrieval import retrieve
 from lce_dist.evaluation.templates import pool_templates
 from lce_dist.evaluation.verification import accuracy_by_folds, roc_of_scores, score_pairs
+from lce_dist.vector_files import Block, open_vectors, write_vectors
 
 NUM, NEW_DIM, OLD_DIM = 60, 8, 6
 KEYS = [f"{n // 5}/photo {n:03}.jpg" for n in range(NUM)]

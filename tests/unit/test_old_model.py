@@ -25,6 +25,7 @@ from lce_dist.models.old_model import FrozenModel, ModelFile, freeze_net, model_
 from lce_dist.models.preprocess import OUR_INPUT, InputSpec, prepare_images
 from lce_dist.models.stored_vectors import StoredVectors
 from lce_dist.models.weights import load_weights, save_weights
+from lce_dist.vector_files import open_vectors
 
 try:
     import onnx
@@ -799,13 +800,14 @@ def test_vectors_without_a_direction_and_keys_that_stand_twice(tmp_path, kind):
     for number, value in enumerate((0.0, np.nan, np.inf)):
         bad = vectors.copy()
         bad[[4, 250]] = value
-        with pytest.raises(DataError, match=r"2 of 300 vectors are zero or not finite, the first in row 5;"):
+        with pytest.raises(DataError, match=r"row 5 is zero or not finite in float32; "):
             stored_as(kind, tmp_path, keys, bad, f"bad{number}")
+        assert not [one for one in (tmp_path / "cache").glob("*") if "partial" in one.name]
     twice = [*keys[:-1], keys[8]]
     with pytest.raises(DataError, match=r"1 keys stand there again; the first in row 300\.") as caught:
         stored_as(kind, tmp_path, twice, vectors, "twice")
     assert keys[8] not in str(caught.value)
-    with pytest.raises(DataError, match=r"the key of row 6 is empty|key.*of row 6"):
+    with pytest.raises(DataError, match=r"the key or identity of row 6 is empty"):
         stored_as(kind, tmp_path, [*keys[:5], "", *keys[6:]], vectors, "empty")
 
 
@@ -824,11 +826,13 @@ def test_wrong_names_and_shapes_of_stored_vectors(tmp_path):
         (tmp_path / f"{name}.keys.txt").write_bytes(text)
     np.savez(tmp_path / "names.npz", ids=np.array(keys), embeddings=vectors)
     np.savez(tmp_path / "three.npz", keys=np.array(keys), vectors=vectors, labels=np.ones(2))
-    np.savez(tmp_path / "numbers.npz", keys=np.arange(2), vectors=vectors)
+    np.savez(tmp_path / "numbers.npz", keys=np.arange(2) + 0.5, vectors=vectors)
+    np.savez(tmp_path / "bytes.npz", keys=np.array([b"a", "é".encode("latin-1")]), vectors=vectors)
+    np.savez(tmp_path / "large.npz", keys=np.array(keys), vectors=vectors * 1e200)
     np.savez(tmp_path / "short.npz", keys=np.array(keys[:1]), vectors=vectors)
     parquet("names.parquet", id=keys, embedding=lists)
     parquet("more.parquet", key=keys, vector=lists, label=[1, 2])
-    parquet("numbers.parquet", key=[1, 2], vector=lists)
+    parquet("numbers.parquet", key=[1.0, 2.0], vector=lists)
     parquet("scalars.parquet", key=keys, vector=[1.0, 2.0])
     parquet("ints.parquet", key=keys, vector=[[1], [2]])
     parquet("ragged.parquet", key=keys, vector=pa.array([[1.0, 2.0], [1.0]], pa.list_(pa.float32())))
@@ -838,26 +842,28 @@ def test_wrong_names_and_shapes_of_stored_vectors(tmp_path):
     parquet("nothing.parquet", key=pa.array([], pa.string()), vector=pa.array([], pa.list_(pa.float32())))
     (tmp_path / "page.npz").write_bytes(b"<html>")
     cases = {
-        "ints.npy": r"the array is int64 of shape \(2, 2\); must be \(rows, D\) of float16",
+        "ints.npy": r"are int64 of shape \(2, 2\); must be \(rows, D\) of float16",
         "flat.npy": r"shape \(4,\)",
         "alone.npy": r"have no alone\.keys\.txt beside them",
-        "few.npy": r"1 keys for 2 vectors",
-        "many.npy": r"more keys than the 2 vectors",
+        "few.npy": r"few\.keys\.txt ends at line 1; must have 2",
+        "many.npy": r"many\.keys\.txt:3: a line too many",
         "latin.npy": r"not UTF-8",
         "names.npz": r"holds embeddings, ids; must hold keys and vectors",
         "three.npz": r"holds keys, labels, vectors; must hold keys and vectors",
-        "numbers.npz": r"keys is int64 of shape \(2,\); must be \(rows,\) of text",
-        "short.npz": r"1 keys for 2 vectors",
+        "numbers.npz": r"keys is float64 of shape \(2,\); must be \(2,\) of text",
+        "bytes.npz": r"row 2 of keys is not UTF-8",
+        "large.npz": r"row 1 is zero or not finite in float32",
+        "short.npz": r"keys is <U1 of shape \(1,\); must be \(2,\)",
         "names.parquet": r"has the columns id, embedding; must be key and vector",
         "more.parquet": r"must be key and vector",
-        "numbers.parquet": r"key is int64; must be text",
+        "numbers.parquet": r"key is double; must be text or whole numbers",
         "scalars.parquet": r"vector is double; must be a list of floats",
         "ints.parquet": r"must be a list of floats",
-        "ragged.parquet": r"from row 2 on",
-        "null.parquet": r"from row 2 on",
-        "hole.parquet": r"holds a null",
-        "nokey.parquet": r"1 keys after row 0 are null",
-        "nothing.parquet": r"has no rows",
+        "ragged.parquet": r"row 2 has a vector of 1 numbers, the first row of 2",
+        "null.parquet": r"row 2 has no vector",
+        "hole.parquet": r"row 2 has no number at place 1",
+        "nokey.parquet": r"row 2 has no key",
+        "nothing.parquet": r"must have a row and a column",
         "page.npz": r"damaged or of no known kind",
         "absent.npz": r"is not a file",
     }
@@ -866,6 +872,32 @@ def test_wrong_names_and_shapes_of_stored_vectors(tmp_path):
             StoredVectors.open(tmp_path / name, tmp_path / "cache")
         assert "\n" not in str(caught.value), name
     assert not [path for path in (tmp_path / "cache").glob("*") if "partial" in path.name]
+
+
+def test_numbers_bytes_and_columns_are_read_by_either_door(tmp_path):
+    vectors = np.random.default_rng(2).normal(size=(5, 3))
+    np.savez(tmp_path / "numbers.npz", keys=np.arange(5, dtype=np.uint8), vectors=vectors.astype(np.float16))
+    np.savez(
+        tmp_path / "bytes.npz",
+        keys=np.array(["é", "b", "c", "d", "e"]).astype("U1"),
+        vectors=np.asfortranarray(vectors),
+    )
+    np.savez(tmp_path / "text.npz", keys=np.array([word.encode() for word in "ébcde"]), vectors=vectors)
+    column = pa.array(vectors.tolist(), pa.list_(pa.float64()))
+    pq.write_table(pa.table({"key": np.arange(5), "vector": column}), tmp_path / "numbers.pq")
+    for name, words in (
+        ("numbers.npz", "01234"),
+        ("bytes.npz", "ébcde"),
+        ("text.npz", "ébcde"),
+        ("numbers.pq", "01234"),
+    ):
+        blocks = list(open_vectors(tmp_path / name).blocks())
+        assert [key for block in blocks for key in block.keys] == list(words), name
+        stored = StoredVectors.open(tmp_path / name, tmp_path / "cache")
+        truth = vectors.astype(np.float16 if name == "numbers.npz" else np.float64).astype(np.float64)
+        unit = truth / np.linalg.norm(truth, axis=1, keepdims=True)
+        np.testing.assert_allclose(stored.rows(list(words)[::-1]), unit[::-1], atol=1e-6)
+        np.testing.assert_array_equal(np.concatenate([block.rows_bD for block in blocks]), truth.astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from launch.vector_files import Block, write_vectors
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.list_intervals import Scored, drawn_weights, resampled_means, resampled_rates
 from lce_dist.evaluation.retrieval import retrieve
 from lce_dist.evaluation.verification import accuracy_by_folds, roc_of_scores, score_pairs
+from lce_dist.vector_files import Block, write_vectors
 
 NUM, PEOPLE, DIM = 120, 24, 8
 LABELS = np.arange(NUM, dtype=np.int64) // 5

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from launch.cli import main
-from launch.vector_files import Block, write_vectors
 from lce_dist.compat.artefact import map_rows, read_bridge, save_bridge
 from lce_dist.compat.bridges import build_bridge
 from lce_dist.compat.closed_form import PairSums, procrustes
@@ -20,6 +19,7 @@ from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.matrix import build_matrix, cells_of, report_entries
 from lce_dist.evaluation.metrics import compare
 from lce_dist.evaluation.upgrade import examine, upgrade_entries
+from lce_dist.vector_files import Block, write_vectors
 
 NUM, PEOPLE, DIM = 400, 50, 16
 LABELS = np.arange(NUM, dtype=np.int64) % PEOPLE

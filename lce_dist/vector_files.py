@@ -1,13 +1,15 @@
 """Files of vectors, read and written a block at a time: Parquet, npz or npy, each row with its key.
 
-    X.parquet   columns ``key`` (text), ``vector`` (lists of floats of one length), and ``identity``, ``space`` (text) or not
-    X.npz       arrays ``keys`` (N,) text, ``vectors`` (N, D) floats, and ``identities``, ``spaces`` (N,) text or not
+    X.parquet   columns ``key``, ``vector`` (lists of floats of one length), and ``identity``, ``space`` or not
+    X.npz       arrays ``keys`` (N,), ``vectors`` (N, D) floats, and ``identities``, ``spaces`` (N,) or not
     X.npy       (N, D) floats, beside X.keys.txt with N keys, one a line, and X.identities.txt, X.spaces.txt or not
 
-``space`` says of which model a vector is (lce train: ``space`` in report.json); all rows of a file must be of one.
+Keys and identities are text, UTF-8 where they are bytes; whole numbers are taken as the text that they print. ``space`` says of
+which model a vector is (lce train: ``space`` in report.json); all rows of a file must be of one. Vectors are float16, float32 or
+float64, and are read as float32: what is not finite there is refused, and so is a zero vector.
 
-The formats are those of lce_dist/models/stored_vectors.py, which finds rows by key; here all rows pass in order. Errors
-name numbers of rows, never a key. Nothing is unpickled.
+What a file is its first bytes say; its name does when one is written. Here all rows pass in order; by key they are found in
+lce_dist/models/stored_vectors.py. Errors name numbers of rows, never a key. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ _DAMAGED = (
     SyntaxError,
 )
 SUFFIXES = (".parquet", ".npz", ".npy")
+_FLOATS = ("float16", "float32", "float64")
 _BLOCK_ROWS = 1 << 14
 
 
@@ -58,8 +61,8 @@ class Block:
 class VectorFile:
     """A file that was opened: its rows, their dimension, whether it names identities, and a pass over all.
 
-    space: of which model the vectors are; None where the file does not say. lies_at: where in the file (N, D) float32 values lie
-    one after the other; None where they do not.
+    space: of which model the vectors are; None where the file does not say. lies_at: where in the file (N, D) values of ``dtype``
+    lie one after the other; None where they do not.
     """
 
     path: Path
@@ -68,23 +71,28 @@ class VectorFile:
     has_identities: bool
     blocks: Callable[[], Iterator[Block]]
     space: str | None
+    dtype: np.dtype[Any]
     lies_at: int | None = None
 
-    def mapped(self) -> Vectors | None:
-        """The rows as they lie in the file, read when they are looked at; changes stay in memory. None for other layouts."""
+    def mapped(self) -> npt.NDArray[Any] | None:
+        """(N, D) rows as they lie in the file, read when they are looked at; changes stay in memory. None for other layouts."""
         if self.lies_at is None:
             return None
-        return np.memmap(self.path, dtype="<f4", mode="c", offset=self.lies_at, shape=(self.num_rows, self.dim))
+        return np.memmap(self.path, dtype=self.dtype, mode="c", offset=self.lies_at, shape=(self.num_rows, self.dim))
 
 
 def open_vectors(path: Path) -> VectorFile:
     """Look at the file's head. Errors: DataError for what is absent, damaged, has other names or shapes, or holds objects;
     the pass raises it for a row without a key or without a direction (zero, not finite)."""
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"vectors {path} end in {path.suffix!r}; must be {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise DataError(f"vectors {path} is not a file; name a {' or '.join(SUFFIXES)} file")
-    opened = {".parquet": _open_parquet, ".npz": _open_npz, ".npy": _open_npy}[path.suffix](path)
+    with path.open("rb") as file:
+        head = file.read(6)
+    kinds = {b"PAR1": _open_parquet, b"PK\3\4": _open_npz, b"\x93NUMPY": _open_npy}
+    of_kind = next((one for first, one in kinds.items() if head.startswith(first)), None)
+    if of_kind is None:
+        raise DataError(f"vectors {path} are damaged or of no known kind; must be Parquet, npz or npy")
+    opened = of_kind(path)
     if opened.num_rows == 0 or opened.dim == 0:
         raise DataError(
             f"vectors {path} have the shape ({opened.num_rows}, {opened.dim}); must have a row and a column"
@@ -99,7 +107,7 @@ def open_vectors(path: Path) -> VectorFile:
         if row != opened.num_rows:
             raise DataError(f"vectors {path}: {row} rows came of {opened.num_rows}; the file is damaged, copy it again")
 
-    return VectorFile(path, opened.num_rows, opened.dim, opened.has_identities, checked, opened.space, opened.lies_at)
+    return replace(opened, blocks=checked)
 
 
 def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], space: str | None = None) -> None:
@@ -160,9 +168,15 @@ def _check_block(path: Path, first: int, block: Block, dim: int) -> None:
     wrong = np.flatnonzero(~(np.isfinite(square_b) & (square_b > 0.0)))
     if wrong.size:
         raise DataError(
-            f"vectors {path}: row {first + int(wrong[0]) + 1} is zero or not finite; it has no direction. "
+            f"vectors {path}: row {first + int(wrong[0]) + 1} is zero or not finite in float32; it has no direction. "
             "Leave the image out, or compute its vector again"
         )
+
+
+def _single(rows: npt.NDArray[Any]) -> Vectors:
+    """A copy as float32; what is too large for it becomes infinite, which ``_check_block`` refuses."""
+    with np.errstate(over="ignore"):
+        return rows.astype(np.float32)
 
 
 def _open_npy(path: Path) -> VectorFile:
@@ -181,7 +195,7 @@ def _open_npy(path: Path) -> VectorFile:
     def blocks() -> Iterator[Block]:
         keys, identities = lines_of(keys_file), lines_of(identities_file) if has_identities else None
         for low in range(0, len(vectors), _BLOCK_ROWS):
-            rows_bD = np.array(vectors[low : low + _BLOCK_ROWS], dtype=np.float32)
+            rows_bD = _single(vectors[low : low + _BLOCK_ROWS])
             names = list(itertools.islice(keys, len(rows_bD)))
             groups = None if identities is None else list(itertools.islice(identities, len(rows_bD)))
             for file, words in ((keys_file, names), (identities_file, groups)):
@@ -197,9 +211,9 @@ def _open_npy(path: Path) -> VectorFile:
                 )
 
     space = _one_space(path, lines_of(spaces_file)) if spaces_file.is_file() else None
-    by_row = isinstance(vectors, np.memmap) and vectors.flags.c_contiguous and vectors.dtype == np.dtype("<f4")
+    by_row = isinstance(vectors, np.memmap) and vectors.flags.c_contiguous
     lies_at = int(vectors.offset) if by_row else None
-    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks, space, lies_at)
+    return VectorFile(path, vectors.shape[0], vectors.shape[1], has_identities, blocks, space, vectors.dtype, lies_at)
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -229,17 +243,16 @@ def _open_npz(path: Path) -> VectorFile:
             with archive.open("vectors.npy") as member:
                 shape, by_column, dtype = _header(member)
                 header_bytes = member.tell()
-            lies_at = _place_in_zip(path, archive.getinfo("vectors.npy"), header_bytes) if dtype == "<f4" else None
+            info = archive.getinfo("vectors.npy")
+            lies_at = None if by_column else _place_in_zip(path, info, header_bytes)
     except _DAMAGED as error:
         raise damaged(error) from None
     _check_array(path, shape, dtype)
-    if by_column:
-        raise DataError(f"vectors {path} lie column by column; save them row by row: np.ascontiguousarray(vectors)")
 
     def words(name: str) -> npt.NDArray[Any]:
         with np.load(path, allow_pickle=False) as arrays:
             column: npt.NDArray[Any] = arrays[name]
-        if column.ndim != 1 or column.dtype.kind != "U" or len(column) != shape[0]:
+        if column.ndim != 1 or column.dtype.kind not in "USiu" or len(column) != shape[0]:
             raise DataError(
                 f"vectors {path}: {name} is {column.dtype} of shape {column.shape}; must be ({shape[0]},) of text: "
                 "np.asarray(names, dtype=str)"
@@ -249,22 +262,51 @@ def _open_npz(path: Path) -> VectorFile:
     def blocks() -> Iterator[Block]:
         try:
             keys, identities = words("keys"), words("identities") if "identities" in names else None
-            with zipfile.ZipFile(path) as archive, archive.open("vectors.npy") as member:
-                _header(member)
-                for low in range(0, shape[0], _BLOCK_ROWS):
-                    count = min(_BLOCK_ROWS, shape[0] - low)
-                    raw = member.read(count * shape[1] * dtype.itemsize)
-                    rows_bD = np.frombuffer(raw, dtype).reshape(count, shape[1]).astype(np.float32)
-                    part = slice(low, low + count)
-                    yield Block(keys[part].tolist(), rows_bD, None if identities is None else identities[part].tolist())
+            for low, rows_bD in _rows_in_zip(path, shape, by_column, dtype):
+                part = slice(low, low + len(rows_bD))
+                groups = None if identities is None else _texts(path, "identities", low, identities[part])
+                yield Block(_texts(path, "keys", low, keys[part]), rows_bD, groups)
         except _DAMAGED as error:
             raise damaged(error) from None
 
     try:
-        space = _one_space(path, words("spaces").tolist()) if "spaces" in names else None
+        space = _one_space(path, _texts(path, "spaces", 0, words("spaces"))) if "spaces" in names else None
     except _DAMAGED as error:
         raise damaged(error) from None
-    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks, space, lies_at)
+    return VectorFile(path, shape[0], shape[1], "identities" in names, blocks, space, dtype, lies_at)
+
+
+def _rows_in_zip(
+    path: Path, shape: tuple[int, ...], by_column: bool, dtype: np.dtype[Any]
+) -> Iterator[tuple[int, Vectors]]:
+    """Blocks of rows as float32, and the number of each one's first. **Memory**: a block; of columns, all."""
+    if by_column:
+        with np.load(path, allow_pickle=False) as arrays:
+            vectors = arrays["vectors"]
+        for low in range(0, shape[0], _BLOCK_ROWS):
+            yield low, _single(vectors[low : low + _BLOCK_ROWS])
+        return
+    with zipfile.ZipFile(path) as archive, archive.open("vectors.npy") as member:
+        _header(member)
+        for low in range(0, shape[0], _BLOCK_ROWS):
+            count = min(_BLOCK_ROWS, shape[0] - low)
+            raw = member.read(count * shape[1] * dtype.itemsize)
+            yield low, _single(np.frombuffer(raw, dtype).reshape(count, shape[1]))
+
+
+def _texts(path: Path, name: str, first: int, column: npt.NDArray[Any]) -> list[str]:
+    """What is text, bytes of UTF-8 or a whole number, as text."""
+    words: list[Any] = column.tolist()
+    if column.dtype.kind != "S":
+        return [str(word) for word in words]
+    for place, word in enumerate(words):
+        try:
+            words[place] = word.decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(
+                f"vectors {path}: row {first + place + 1} of {name} is not UTF-8 text; write it as text"
+            ) from None
+    return words
 
 
 def _place_in_zip(path: Path, info: zipfile.ZipInfo, header_bytes: int) -> int | None:
@@ -285,8 +327,8 @@ def _header(member: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 
 
 def _check_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    if len(shape) != 2 or dtype.kind != "f":
-        raise DataError(f"vectors {path} are {dtype} of shape {shape}; must be (rows, D) of floats")
+    if len(shape) != 2 or dtype.name not in _FLOATS:
+        raise DataError(f"vectors {path} are {dtype} of shape {shape}; must be (rows, D) of {', '.join(_FLOATS)}")
 
 
 def _open_parquet(path: Path) -> VectorFile:
@@ -315,6 +357,11 @@ def _open_parquet(path: Path) -> VectorFile:
     listed = (pa.types.is_list(kind), pa.types.is_large_list(kind), pa.types.is_fixed_size_list(kind))
     if not any(listed) or not pa.types.is_floating(kind.value_type):
         raise DataError(f"vectors {path}: vector is {kind}; must be a list of floats")
+    for name in {*schema.names} - {"vector"}:
+        word = schema.field(name).type
+        word = word.value_type if pa.types.is_dictionary(word) else word
+        if not (pa.types.is_string(word) or pa.types.is_large_string(word) or pa.types.is_integer(word)):
+            raise DataError(f"vectors {path}: {name} is {word}; must be text or whole numbers. Cast it to string")
     dim = 0 if first is None or num_rows == 0 else len(first.column(0)[0].as_py() or ())
 
     def blocks() -> Iterator[Block]:
@@ -330,7 +377,7 @@ def _open_parquet(path: Path) -> VectorFile:
                     lengths = vector.value_lengths().to_numpy(zero_copy_only=False)
                     if any(one.null_count for one in (vector, flat, *words)) or (lengths != dim).any():
                         raise _first_wrong(path, row, batch, dim)
-                    rows_bD = flat.to_numpy(zero_copy_only=False).reshape(len(vector), dim).astype(np.float32)
+                    rows_bD = _single(flat.to_numpy(zero_copy_only=False).reshape(len(vector), dim))
                     names = [one.cast(pa.string()).to_pylist() for one in words]
                     row += len(vector)
                     yield Block(names[0], rows_bD, names[1] if len(names) > 1 else None)
@@ -346,7 +393,8 @@ def _open_parquet(path: Path) -> VectorFile:
             raise damaged(error) from None
 
     space = _one_space(path, spaces()) if "space" in schema.names else None
-    return VectorFile(path, num_rows, dim, "identity" in columns, blocks, space)
+    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    return VectorFile(path, num_rows, dim, "identity" in columns, blocks, space, dtype)
 
 
 def _first_wrong(path: Path, first: int, batch: Any, dim: int) -> DataError:
