@@ -42,22 +42,25 @@ def read_starts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def recovery_parts(starts: list[dict[str, Any]], fault_s: float) -> dict[str, float] | None:
-    """Seconds of each part of the way from a fault to the first step of a process that began after it; None: there was none."""
-    after = [one for one in starts if one["process_s"] > fault_s]
-    first = next((one for one in after if one["what"] == "first_step"), None)
-    if first is None:
-        return None
-    same = [one for one in after if one["process_s"] == first["process_s"]]
-    up = next(one["time_s"] for one in same if one["what"] == "workers_up")
-    loaded = max(one["time_s"] for one in same if one["what"] == "stage_start" and one["time_s"] <= first["time_s"])
-    noticed = min(
-        (one["time_s"] for one in starts if one["what"] == "failure" and fault_s <= one["time_s"] < first["process_s"]),
-        default=fault_s,
-    )
-    return {
-        "detect_s": noticed - fault_s,
-        "restart_s": first["process_s"] - noticed,
-        "imports_s": up - first["process_s"],
-        "load_s": loaded - up,
-        "first_step_s": first["time_s"] - loaded,
-    }
+    """Seconds of each part of the way from a fault to the first step of workers that came after it; None: there were none.
+
+    Ray may have begun their process before, so that a part is what was waited for, not what it took.
+    """
+    came = [one for one in starts if one["what"] == "workers_up" and one["time_s"] > fault_s]
+    for up in came:
+        own = [one for one in starts if one["process_s"] == up["process_s"] and one["time_s"] >= up["time_s"]]
+        first = next((one for one in own if one["what"] == "first_step"), None)
+        if first is None:
+            continue
+        loaded = max(one["time_s"] for one in own if one["what"] == "stage_start" and one["time_s"] <= first["time_s"])
+        failures = (one["time_s"] for one in starts if one["what"] == "failure")
+        noticed = min((told for told in failures if fault_s <= told <= up["time_s"]), default=fault_s)
+        began = min(max(up["process_s"], noticed), up["time_s"])
+        return {
+            "detect_s": noticed - fault_s,
+            "restart_s": began - noticed,
+            "imports_s": up["time_s"] - began,
+            "load_s": loaded - up["time_s"],
+            "first_step_s": first["time_s"] - loaded,
+        }
+    return None

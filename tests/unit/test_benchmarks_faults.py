@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.faults import (
-    KINDS,
-    Drill,
-    damaged_files,
-    full_disk,
-    killed_writers,
-    marks_of,
-    moments,
-    points_wrong,
-    save,
-    whole_steps,
-)
+from benchmarks import faults_files
+from benchmarks.faults import marks_of, points_wrong
 from benchmarks.faults_cost import measure_cost
+from benchmarks.faults_files import damaged_files, full_disk, killed_writers, save, whole_steps
+from benchmarks.faults_runs import KINDS, Drill, code_folder, moments
 from lce_dist.errors import CheckpointError
 
 
 def test_a_writer_killed_before_any_operation_loses_nothing(tmp_path: Path) -> None:
     found = killed_writers(tmp_path)
-    assert found["operations"] >= 8 and found["moments"] >= found["operations"]
+    assert found["operations"] >= 8 and found["moments"] >= found["operations"] and found["lost"] == 0
+
+
+def test_a_save_that_loses_the_one_before_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(directory: Path, step: int) -> None:
+        if step == 2:
+            shutil.rmtree(directory / "step-00000001")
+        save(directory, step)
+
+    monkeypatch.setattr(faults_files, "save", careless)
+    assert killed_writers(tmp_path)["lost"] > 0
 
 
 def test_every_damage_is_told(tmp_path: Path) -> None:
-    assert damaged_files(tmp_path) == 4 + 7  # of the rows' file and of the manifest
+    assert damaged_files(tmp_path) == {"cases": 4 + 7, "missed": []}  # of the rows' file and of the manifest
+
+
+def test_damage_that_is_not_told_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults_files.storage, "damage", lambda path, world: None)
+    assert len(damaged_files(tmp_path)["missed"]) == 11
 
 
 def test_no_room_is_told_and_the_one_before_stays(tmp_path: Path) -> None:
@@ -52,15 +60,16 @@ def test_the_drills_can_find_something(tmp_path: Path) -> None:
 
 
 def test_marks_fail_by_one_drill_that_went_wrong() -> None:
-    good = Drill("worker killed", "new", 7, 3, 5.0, {}, True, [], True, 0, 0)
+    good = Drill("worker killed", "new", 7, 3, 5.0, {}, True, (), True, 0, 0)
     assert all(mark.met for mark in marks_of([good, good]))
     wrong: list[dict[str, Any]] = [
         {"same_weights": False},
-        {"other_in_report": ["flips"]},
+        {"other_in_report": ("flips",)},
         {"same_batches": False},
         {"missing_points": 2},
         {"double_points": 1},
         {"repeated_steps": 21},
+        {"failed": "ended with 1 after the fault"},
         {"recovery_s": None},
         {"recovery_s": 61.0},
     ]
@@ -75,6 +84,15 @@ def test_moments_are_inside_of_training() -> None:
     assert len(found) == 50 * len(KINDS) and found == moments(KINDS, counts, {"old": 60, "new": 320})
     assert {stage for _, stage, _ in found} == {"old", "new"}
     assert all(0 < step < {"old": 60, "new": 320}[stage] for _, stage, step in found)
+    fewer = moments(KINDS, {**counts, KINDS[0]: 3}, {"old": 60, "new": 320})
+    assert fewer[:3] == found[:3] and fewer[3:] == found[50:], "those of fewer are done already"
+
+
+def test_drills_of_other_code_are_no_drills_of_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = code_folder(tmp_path)
+    assert here == code_folder(tmp_path) and here.parent == tmp_path
+    monkeypatch.setattr("benchmarks.faults_runs.CONFIG", "[run]")
+    assert code_folder(tmp_path) != here
 
 
 def test_the_cost_is_of_a_checkpoint_that_was_written(tmp_path: Path) -> None:
