@@ -3,7 +3,7 @@
     python -m benchmarks.faults [--quick] [--moments N] [--kinds WORDS ...] [--work DIR] [--out DIR]
 
 Real runs (Ray, DeepSpeed, DALI, MLflow) on two ranks meet each kind of fault at random steps of their training, and are compared with
-an undisturbed one: weights bit for bit, the whole report, batches, points in MLflow. A checkpoint's writer is killed before each of its
+an undisturbed one: weights bit for bit, the whole report, batches, points in MLflow. One run goes from 4 nodes to 2 and to 3. A checkpoint's writer is killed before each of its
 operations on the file system. Takes about an hour on two cores that are free; drills that are done are kept below --work, and the same
 command goes on with the rest.
 """
@@ -22,11 +22,13 @@ from typing import Any
 import torch
 
 from benchmarks.faults_cost import measure_cost
+from benchmarks.faults_elastic import elastic_drill, marks_of_elastic
 from benchmarks.faults_files import damaged_files, full_disk, killed_writers
 from benchmarks.faults_runs import EVERY_STEPS, KINDS, Drill, calm_run, code_folder, run_drills
 from benchmarks.record import Mark, file_stem, write_record
 
 NAME = "faults"
+ELASTIC = "4 nodes, then 2, then 3"
 
 
 def marks_of(drills: list[Drill]) -> list[Mark]:
@@ -56,7 +58,14 @@ def main() -> int:
     parser.add_argument(
         "--moments", type=int, default=10, help="of each kill; a third of them of the rest (default: 10)"
     )
-    parser.add_argument("--kinds", nargs="+", metavar="KIND", choices=KINDS, default=KINDS, help="; ".join(KINDS))
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        metavar="KIND",
+        choices=(*KINDS, ELASTIC),
+        default=(*KINDS, ELASTIC),
+        help="; ".join((*KINDS, ELASTIC)),
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/faults"), help="where finished drills are kept")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
@@ -77,11 +86,13 @@ def main() -> int:
         print(json.dumps(cost), flush=True)
     work = code_folder(arguments.work.resolve())
     drills = run_drills(work, counts)
+    elastic = elastic_drill(work) if ELASTIC in arguments.kinds and not arguments.quick else None
     marks = [
         Mark("kills of a writer by which something was lost", float(writers["lost"]), "= 0", writers["lost"] == 0),
         Mark("damaged files that were not told", float(len(damages["missed"])), "= 0", not damages["missed"]),
         *([] if full is None else [Mark("full disk: refused in words, the one before stays", full, "holds", full)]),
-        *marks_of(drills),
+        *(marks_of(drills) if drills else []),
+        *([] if elastic is None else marks_of_elastic(elastic)),
         Mark("a checkpoint each 500 steps: share of the steps' time", cost["share"], "<= 0.02", cost["share"] <= 0.02),
     ]
     raw: dict[str, Any] = {
@@ -93,7 +104,8 @@ def main() -> int:
     }
     raw |= {"not_judged": ["full disk"] if full is None else [], "counts": counts, "load": os.getloadavg()}
     stem = file_stem(NAME + ("-quick" if arguments.quick else ""))
-    return write_record(NAME, arguments.out, marks, raw | {"drills": [asdict(one) for one in drills]}, stem)
+    raw |= {"drills": [asdict(one) for one in drills], "elastic": None if elastic is None else asdict(elastic)}
+    return write_record(NAME, arguments.out, marks, raw, stem)
 
 
 def points_wrong(drills: list[Drill]) -> int:

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import faults_files
 from benchmarks.faults import marks_of, points_wrong
 from benchmarks.faults_cost import measure_cost
+from benchmarks.faults_elastic import Elastic, losses_apart, marks_of_elastic
 from benchmarks.faults_files import damaged_files, full_disk, killed_writers, save, whole_steps
 from benchmarks.faults_runs import KINDS, Drill, code_folder, moments
 from lce_dist.errors import CheckpointError
@@ -99,3 +100,20 @@ def test_the_cost_is_of_a_checkpoint_that_was_written(tmp_path: Path) -> None:
     cost = measure_cost(tmp_path / "cost", 500)
     assert cost["bytes"] > 500 * 512 * 4 * 2 and 0.0 < cost["copy_s"] < cost["waiting_for_it_s"] < 60.0
     assert cost["share"] > 0.0 and not (tmp_path / "cost").exists()
+
+
+def test_marks_of_nodes_that_go_and_come_can_fail() -> None:
+    good = Elastic((4, 3, 2, 3), True, 0, 0, 0.001, 0.0)
+    assert all(mark.met for mark in marks_of_elastic(good))
+    harms: list[dict[str, Any]] = [{"sizes": (4, 2)}, {"same_batches": False}, {"double_points": 1}, {"apart": 0.03}]
+    for harm in harms:
+        assert [mark.met for mark in marks_of_elastic(replace(good, **harm))].count(False) == 1, harm
+
+
+def test_how_far_apart_two_curves_are() -> None:
+    calm = [("new", 10 * step, 2.0 - 0.01 * step) for step in range(40)] + [("old", 10, 5.0)]
+    noisy = [(stage, step, loss + 0.1 * (-1) ** (step // 10)) for stage, step, loss in calm if stage == "new"]
+    assert losses_apart(calm, calm) == 0.0 and losses_apart(calm, noisy) < 1e-9, "what evens out is not apart"
+    higher = [(stage, step, 1.1 * loss if step >= 200 else loss) for stage, step, loss in calm]
+    assert losses_apart(calm, higher) == pytest.approx(0.1)
+    assert losses_apart(calm, []) == float("inf")
