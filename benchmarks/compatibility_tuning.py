@@ -58,6 +58,15 @@ class Tuned:
     def chosen(self) -> float:
         return max(self.tries, key=lambda one: one.score).weight
 
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Tuned:
+        """What ``plain`` gave to a record."""
+        tries = tuple(
+            Try(one["weight"], {name: value for name, value in one.items() if name != "weight"})
+            for one in plain["tries"]
+        )
+        return cls(plain["source"], plain["contestant"], plain["key"], plain["default"], tries)
+
     def plain(self) -> dict[str, Any]:
         tries = [{"weight": one.weight, **one.numbers} for one in self.tries]
         about = {"source": self.source, "contestant": self.contestant, "key": self.key, "default": self.default}
