@@ -1,6 +1,6 @@
 """Every way to compatibility on equal terms: all methods in all scenarios, on faces and on handwriting, three seeds.
 
-    python -m benchmarks.compatibility [--quick] [--only REGEX ...] [--omniglot ZIP] [--work DIR] [--out DIR]
+    python -m benchmarks.compatibility [--quick] [--only REGEX ...] [--seeds N ...] [--omniglot ZIP] [--work DIR] [--out DIR]
     python -m benchmarks.compatibility --cost [--quick] [--out DIR]
 
 Every cell trains by the code of a real run (DeepSpeed in process, a world of one) with the same steps, images, head and
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         help="cells in whose name it is found, such as 'faces, extended-class, LCE direct, seed 1'; all must be",
     )
     parser.add_argument("--omniglot", metavar="ZIP", type=Path, help="images_background_small1.zip of Omniglot")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument("--report", action="store_true", help="table and picture of what is done; nothing is run")
     parser.add_argument("--cost", action="store_true", help="only what LCE's terms add to a step")
@@ -93,7 +94,7 @@ def study(arguments: argparse.Namespace) -> int:
     folders = {source.name: (source, decode_once(source, work / "data")) for source in sources}
     fingerprints = {name: load_pictures(*pair).fingerprint for name, pair in folders.items()}
     scenarios = tuple(s for s in SCENARIOS if not arguments.quick or s.name in _QUICK_SCENARIOS)
-    seeds = (1,) if arguments.quick else (1, 2, 3)
+    seeds = (1,) if arguments.quick else tuple(arguments.seeds)
     study = Study(sources, fingerprints, budgets, scenarios, contestants(), seeds)
     chosen = _chosen(arguments.only)
     results = Results(work / "cells")

@@ -42,7 +42,7 @@ from lce_dist.errors import RunError
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.matrix import build_matrix, cells_of
 from lce_dist.evaluation.upgrade import examine
-from lce_dist.head.classifier import OldRows, save_classifier
+from lce_dist.head.classifier import OldRows, save_classifier, turn
 from lce_dist.head.identity import identity_tensor
 from lce_dist.head.rows import local_classes
 from lce_dist.models.catalog import build_net
@@ -66,7 +66,8 @@ _BLOCK_ROWS = 128
 _CACHE_BYTES = 2 << 30
 BAD_IMAGES_FILE = "bad_images.tsv"  # in a run's directory: stage, shard, key, reason
 _TELL_STEPS = 50  # between two numbers of how shards come
-_NOT_TURNED = "before_rotation.safetensors"  # of a new model that is trained and then turned into the old space
+# of a new model that is trained and then turned into the old space
+_NOT_TURNED, _ROWS_NOT_TURNED = "before_rotation.safetensors", "classifier_before_rotation"
 _ROTATION_IMAGES = 20_000  # that the rotation beside the report is fitted to
 
 OldModel = FrozenModel | StoredOld
@@ -360,7 +361,9 @@ def _network(
         together(at_end, world, RunError)
         together(may_commit, world, RunError)
         card = _card_of(job, name, section)
-        _save_classifier(directory / "classifier", trained, compat, config, card, world)
+        _save_classifier(
+            directory / (_ROWS_NOT_TURNED if turns else "classifier"), trained, compat, config, card, world
+        )
         if world.is_first:
             save_weights(net, weights, card)
             if beside is not None:
@@ -399,7 +402,14 @@ def _turned(job: Job, new: FrozenModel, bridge: Bridge, world: World, report: Re
     card = _card_of(job, "new rotated", section)
     if new.input != OUR_INPUT:
         card["input"] = json.dumps(asdict(new.input))
-    together(lambda: save_weights(net, weights, card) if world.is_first else None, world, RunError)
+
+    def publish() -> None:
+        rows = weights.parent / _ROWS_NOT_TURNED
+        if rows.exists():  # trained here, and not by another run
+            turn(rows, rotation, weights.parent / "classifier")
+        save_weights(net, weights, card)
+
+    together(lambda: publish() if world.is_first else None, world, RunError)
     barrier(world)
     load_weights(net, weights)  # every rank goes on with the bytes that were published
     report({"type": "stage_done", "stage": "new"})

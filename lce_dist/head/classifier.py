@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,30 @@ def shrink(directory: Path, keep_keys: Sequence[str], out: Path, progress: Progr
     kept = {name: _column(rows, rows_N) for name, rows in columns.items()}
     write_directory(out, kept, stored.state, progress)
     return len(rows_N)
+
+
+def turn(directory: Path, rotation_DD: torch.Tensor, out: Path) -> None:
+    """Write the classifier ``out`` whose rows are ``rotation_DD`` times those of ``directory``, for a network turned like that.
+
+    One that is there already and was turned by the same numbers stays; another is replaced. Old centres are as they were.
+    Errors: CheckpointError for the artefact; RunError for ``out``.
+    """
+    turn_DD = rotation_DD.detach().double().cpu().numpy()
+    name = hashlib.sha256(np.ascontiguousarray(turn_DD).data).hexdigest()[:16]
+    if out.exists():
+        if read_card(out).model.get("rotation") == name:
+            return
+        shutil.rmtree(out)
+    _, stored, columns = _opened(directory, World())
+    rows = columns["weight"]
+
+    def blocks() -> Iterator[Array]:
+        for block in rows.blocks():
+            yield (block.astype(np.float64) @ turn_DD.T).astype(block.dtype)
+
+    turned = {key: _column(column, None) for key, column in columns.items()}
+    turned["weight"] = Column.of_arrays(rows.dtype, rows.shape, blocks())
+    write_directory(out, turned, {**stored.state, "model": {**stored.state["model"], "rotation": name}})
 
 
 def grow(

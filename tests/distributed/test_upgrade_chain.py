@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from launch.cli import main
 from launch.job import Job, run_job
 from launch.prepare import prepare_data
 from lce_dist.compat.artefact import map_rows, read_bridge, read_card
 from lce_dist.config import Config, parse_config
+from lce_dist.head.classifier import export
 from lce_dist.models.catalog import build_net
 from lce_dist.models.old_model import ModelFile, open_model
 from lce_dist.models.weights import save_weights
@@ -127,9 +129,18 @@ def test_a_new_model_that_is_turned_is_the_one_that_is_shipped(
     images = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
     turned = map_rows(read_bridge(tmp_path / "turned" / "bridge"), before(images))
     torch.testing.assert_close(F.normalize(model(images)), turned, atol=1e-4, rtol=0)
+    # class rows are turned with it, so that it can be trained on
+    rows = {}
+    for name in ("classifier", "classifier_before_rotation"):
+        export(shipped.with_name(name), None, tmp_path / f"{name}.safetensors")
+        rows[name] = load_file(tmp_path / f"{name}.safetensors")["weight"]
+    logits = model(images) @ rows["classifier"].T
+    torch.testing.assert_close(logits, before(images) @ rows["classifier_before_rotation"].T, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(rows["classifier"], rows["classifier_before_rotation"], atol=1e-3)
     # the same command again: what was trained is not turned twice
-    bytes_before = model.fingerprint
+    bytes_before, written = model.fingerprint, (shipped.with_name("classifier") / "manifest.json").stat().st_mtime_ns
     assert place.run(config)["space"] == bytes_before
+    assert (shipped.with_name("classifier") / "manifest.json").stat().st_mtime_ns == written
     # and the next run upgrades the file as any
     given = {"net": "tiny16", "embedding_dim": 16, "weights": "turned/new/model.safetensors"}
     again = place.run(
