@@ -17,7 +17,9 @@ from lce_dist.evaluation.matrix import report_entries
 from lce_dist.evaluation.metrics import PairResult
 from lce_dist.evaluation.upgrade import Upgrade, upgrade_entries
 from lce_dist.evaluation.upgrade_figures import backfill_curves, det, flips_bars, groups_plot
+from lce_dist.spool import read_cursor, read_events
 
+_TOLD = "rank1/new_old"  # in MLflow, of every report
 VERSION = 3  # of report.json; another one is written anew from the trained weights
 
 _TITLES = {
@@ -59,10 +61,9 @@ def write_report(
 
     ``revision`` in it counts the reports of this run: 0, then one more each time it was evaluated anew.
     """
-    before = read_report(run_dir / "report.json")
     report: dict[str, Any] = {
         "version": VERSION,
-        "revision": 0 if before is None else int(before.get("revision", 0)) + 1,
+        "revision": next_revision(run_dir),
         **upgrade_entries(upgrade),
         "procrustes": report_entries(rotated),
         "pairs": dict(pairs),
@@ -83,6 +84,24 @@ def write_report(
     partial = run_dir / "report.json.partial"
     partial.write_text(json.dumps(report, indent=2) + "\n")
     partial.replace(run_dir / "report.json")
+
+
+def next_revision(run_dir: Path) -> int:
+    """One more than every report of the folder had that lies there or was told to MLflow; 0 for the first one.
+
+    A report's numbers are logged at this step, and steps that MLflow has already are dropped: it must grow, also where
+    report.json was deleted.
+    """
+    before = read_report(run_dir / "report.json") or {}
+    told = [before.get("revision", 0 if before else -1)]
+    spool = run_dir / "tracking.jsonl"
+    if spool.is_file():
+        events = (event for event, _ in read_events(spool) if event.get("kind") == "metrics")
+        told += [event["step"] for event in events if event.get("key") == "parent" and _TOLD in event["metrics"]]
+    steps = (read_cursor(run_dir / "tracking.json") or {}).get("steps")
+    if isinstance(steps, dict):
+        told.append(steps.get("parent", {}).get(_TOLD, -1))
+    return max(int(step) for step in told) + 1
 
 
 def draw_figures(folder: Path, upgrade: Upgrade) -> None:

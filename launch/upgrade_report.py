@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from launch.loaded_vectors import LoadedVectors, check_spaces, load_vectors
 from launch.pair_sets import file_fingerprint
 from launch.progress import RunProgress
-from launch.report import VERSION, draw_figures, read_report
+from launch.report import VERSION, draw_figures, next_revision
 from launch.same_images import SameImages, same_images
 from lce_dist.compat.artefact import map_rows, read_bridge, read_card
 from lce_dist.compat.bridges import Bridge
@@ -93,10 +93,9 @@ def upgrade_report(files: VectorFiles, config: VectorsConfig, out: Path, progres
     progress.count("comparing", 3, _NUM_STEPS)
     upgrade = examine(matrix, cells, config.evaluation.criterion_far, columns, config.run.seed)
     progress.count("comparing", _NUM_STEPS, _NUM_STEPS)
-    before = read_report(out / "report.json")
     report: dict[str, Any] = {
         "version": VERSION,
-        "revision": 0 if before is None else int(before.get("revision", 0)) + 1,
+        "revision": next_revision(out),
         **upgrade_entries(upgrade),
         "procrustes": report_entries({key: rotated[key] for key in rotated if key != _SAME}),
         "procrustes_note": _procrustes_note(turned, fars, rotated),

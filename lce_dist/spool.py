@@ -54,17 +54,8 @@ class Spool:
                 raise
 
     def read_from(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
-        """Yield (event, next_offset) from ``offset`` on; a line without its newline is not there yet.
-
-        A damaged line comes back as an empty event, so that the reader's position moves past it.
-        """
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                offset += len(line)
-                yield _parse(line), offset
+        """The events from ``offset`` on, as ``read_events`` has them."""
+        return read_events(self.path, offset)
 
     def count_from(self, offset: int) -> int:
         """How many complete lines follow ``offset``."""
@@ -104,6 +95,20 @@ class Spool:
                 return start + newline + 1
             end = start
         return 0
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield (event, next_offset) from ``offset`` on; a line without its newline is not there yet. Needs no lock.
+
+    A damaged line comes back as an empty event, so that the reader's position moves past it.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield _parse(line), offset
 
 
 def read_cursor(path: Path) -> dict[str, Any] | None:

@@ -184,6 +184,26 @@ def test_the_gate_judges_it_and_mlflow_has_it(tmp_path, files, capsys, monkeypat
     assert "old.parquet" in run.data.tags["mlflow.note.content"]
 
 
+def test_a_report_after_a_deleted_one_reaches_mlflow(tmp_path, files, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    del files["independent"]
+    out = tmp_path / "upgrade"
+    first = upgrade(files, out, "--mlflow")
+    (out / "report.json").unlink()
+    files["new"] = stored(tmp_path / "newer.npz", rows(5, 0.6))
+    second = upgrade(files, out, "--mlflow")
+    name, cell = "tar_at_far_0.01/new_old", ("new_old", "tar_at_far", "0.01")
+    values = [one[cell[0]][cell[1]][cell[2]] for one in (first, second)]
+    assert values[0] != values[1] and (first["revision"], second["revision"]) == (0, 1)
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("lce-dist").experiment_id])
+    assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)] == [*enumerate(values)]
+    # the spool may be gone as well, and a report that was never told to MLflow counts too
+    (out / "tracking.jsonl").unlink()
+    (out / "report.json").write_text("{")
+    assert upgrade(files, out)["revision"] == 2 and upgrade(files, out)["revision"] == 3
+
+
 def test_images_that_one_file_lacks(tmp_path, files, capsys):
     del files["independent"]
     some = np.delete(np.arange(NUM), [17, 40])
