@@ -22,6 +22,7 @@ from lce_dist.spool import read_cursor, read_events
 _TOLD = "rank1/new_old"  # in MLflow, of every report
 VERSION = 3  # of report.json; another one is written anew from the trained weights
 
+_FIGURES = ("matrix", "roc", "det", "similarities", "flips", "backfill", "groups")
 _TITLES = {
     "old_old": "M(old, old)",
     "new_old": "M(new, old)",
@@ -105,8 +106,10 @@ def next_revision(run_dir: Path) -> int:
 
 
 def draw_figures(folder: Path, upgrade: Upgrade) -> None:
-    """Every picture of the upgrade as a PNG."""
+    """Every picture of the upgrade as a PNG; what an earlier report had drawn goes first, whether or not it is drawn again."""
     folder.mkdir(exist_ok=True)
+    for name in _FIGURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     matrix, far = upgrade.matrix, upgrade.far
     figures = {
         "matrix": matrix_heat_map(report_entries(matrix), far),

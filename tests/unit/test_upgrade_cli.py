@@ -93,9 +93,14 @@ def test_the_report_is_what_a_run_says_of_the_same_vectors(tmp_path, files):
         "matrix", "roc", "det", "similarities", "flips", "backfill", "groups"
     }  # fmt: skip
     page = (out / "report.html").read_text()
-    assert "old.parquet" in page and found["procrustes_note"] in page
+    assert "old.parquet" in page and found["procrustes_note"] in page and "Every group at the thresholds" in page
     # who gains does not depend on the order of the file
     assert upgrade(files, out, "--attributes", attributes, "--set", "run.seed=3")["revision"] == 1
+    # a report without groups shows no picture of those of the report before
+    (out / "figures" / "mine.png").write_bytes(b"png")
+    upgrade(files, out)
+    assert not (out / "figures" / "groups.png").exists() and (out / "figures" / "mine.png").exists()
+    assert "Every group at the thresholds" not in (out / "report.html").read_text()
 
 
 def test_the_rotation_is_fitted_to_one_half_and_measured_on_the_other(tmp_path, files):
