@@ -5,8 +5,10 @@ is the score -1, level 2^21 the score 1. From there on all is counting of intege
 counted, in plain numpy. Of more, a sample of pairs gives a level below which impostors are only estimated; above it,
 where thresholds lie, every pair is counted, a block of scores at a time, on any number of ranks.
 
-What rounding can do is counted too: a score lies within one level of its own (half by rounding, less than half by float32), so
-scores that are not rounded can only change the order of pairs that are near the impostor that sets the threshold.
+What rounding can do is counted too: a score lies within ``error_levels`` of its own, so exact scores can only change the order of pairs
+that are near the impostor that sets the threshold. A sum of D terms, partial sums below 1, rounds D times by at most half of 2^-24: not
+in one direction (vectors of D equal values would), so the error of the sum is random, of a standard deviation of at most sqrt(D / 12) 2^-24.
+The bound takes 2 sqrt(D) 2^-24, which is 6.9 of them: sqrt(D) / 8 levels; rounding to a level adds a half.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class PairCounts:
     """Ordered pairs (query image, gallery image) of different images at each level (NUM_LEVELS,); genuine = same label.
 
     impostor_L is exact from level ``exact_from`` on; below, it is a sample's share of the pairs that are left, so that
-    the sum is right. num_ranked: queries with a mate in the gallery; num_correct: those whose mate came first.
+    the sum is right. num_ranked: queries with a mate in the gallery; num_correct: those whose mate came first. off_by: levels
+    that a counted score can be from its own (``error_levels``).
     """
 
     genuine_L: Counts
@@ -53,6 +56,7 @@ class PairCounts:
     num_ranked: int
     num_correct: int
     exact_from: int = 0
+    off_by: float = 1.0
 
     @property
     def num_genuine(self) -> int:
@@ -94,21 +98,20 @@ class PairCounts:
     def rounding_errors(self, fars: Sequence[float] | Floats) -> tuple[Floats, Floats]:
         """How far TAR at FAR (F,), and the FAR that its threshold gives (F,), can be from those of scores that are not rounded.
 
-        The impostor that sets the threshold is within one level of where it was counted, and so is every genuine pair: those more
-        than two levels away keep their side. At the threshold itself only impostors within one level may change theirs.
+        The impostor that sets the threshold is within ``off_by`` levels of where it was counted, and so is every genuine pair: those
+        more than twice as far away keep their side. At the threshold itself only impostors within ``off_by`` may change theirs.
         """
         far_F = np.asarray(fars, dtype=np.float64)
-        lowest_F = self._lowest(far_F, np.cumsum(self.impostor_L[::-1])[::-1])
+        setting_F = self._lowest(far_F, np.cumsum(self.impostor_L[::-1])[::-1]) - 1
         _, threshold_F = self.operating_points(far_F)
-        level_F = np.rint((threshold_F + 1.0) * STEPS_PER_UNIT).astype(np.int64)
-        pad = np.zeros(4)
-        genuine_L = np.concatenate([pad, self.genuine_L, pad])
-        impostor_L = np.concatenate([pad, self.impostor_L, pad])
-        setting_F, at_F = lowest_F - 1 + len(pad), np.minimum(level_F, NUM_LEVELS) + len(pad)
-        more_F = genuine_L[setting_F] + genuine_L[setting_F - 1]
-        fewer_F = genuine_L[setting_F + 1] + genuine_L[setting_F + 2]
-        tar_F = np.where(lowest_F > 0, np.maximum(more_F, fewer_F), 0.0) / self.num_genuine
-        return tar_F, np.maximum(impostor_L[at_F], impostor_L[at_F - 1]) / self.num_impostor
+        at_F = np.rint((threshold_F + 1.0) * STEPS_PER_UNIT).astype(np.int64)
+        off, twice = self.off_by, 2.0 * self.off_by
+        more_F = _between(self.genuine_L, setting_F + 1 - math.ceil(twice), setting_F + 1)
+        fewer_F = _between(self.genuine_L, setting_F + 1, setting_F + 1 + math.floor(twice))
+        tar_F = np.where(setting_F >= 0, np.maximum(more_F, fewer_F), 0.0) / self.num_genuine
+        above_F = _between(self.impostor_L, at_F, at_F + math.ceil(off))
+        below_F = _between(self.impostor_L, at_F - math.floor(off), at_F)
+        return tar_F, np.maximum(above_F, below_F) / self.num_impostor
 
     def far_from(self, threshold: float) -> float:
         """Share of impostors at or above a threshold."""
@@ -122,6 +125,11 @@ class PairCounts:
 def level_of(score: float) -> int:
     """The level of a score or threshold."""
     return round((score + 1.0) * STEPS_PER_UNIT)
+
+
+def error_levels(dim: int) -> float:
+    """How many levels a counted score of vectors of ``dim`` values can be from the score that real numbers have."""
+    return 0.5 + math.sqrt(dim) / 8.0
 
 
 def count_pairs(
@@ -198,7 +206,14 @@ def count_at_all_levels(query: EmbeddingSet, gallery: EmbeddingSet) -> PairCount
         np.maximum.at(best_mate_B, row_P[other_P], place_P[other_P])
         num_ranked += int(np.count_nonzero(best_mate_B))
         num_correct += int(np.count_nonzero(best_mate_B > place_BN.max(axis=1)))
-    return PairCounts(genuine_L, impostor_L.astype(np.float64), num_ranked, num_correct)
+    off_by = error_levels(query.vectors_ND.shape[1])
+    return PairCounts(genuine_L, impostor_L.astype(np.float64), num_ranked, num_correct, off_by=off_by)
+
+
+def _between(count_L: Counts | Floats, low_F: Counts, high_F: Counts) -> Floats:
+    """Pairs from level ``low`` up to, and without, level ``high`` (F,)."""
+    ends_F = (np.clip(low_F, 0, NUM_LEVELS), np.clip(high_F, 0, NUM_LEVELS))
+    return np.array([count_L[low:high].sum() for low, high in zip(*ends_F, strict=True)], dtype=np.float64)
 
 
 def _levels(cos: npt.NDArray[np.float32]) -> Counts:
@@ -235,7 +250,8 @@ def _count_high_levels(
         if below_L.sum() == 0:
             below_L[-1] = 1.0
         impostor_L[:cut] = below_L * (num_below / below_L.sum())
-    return PairCounts(high.genuine_L, impostor_L, high.num_ranked, high.num_correct, cut)
+    off_by = error_levels(query.vectors_ND.shape[1])
+    return PairCounts(high.genuine_L, impostor_L, high.num_ranked, high.num_correct, cut, off_by)
 
 
 def _sample(query: EmbeddingSet, gallery: EmbeddingSet) -> Counts:

@@ -31,7 +31,7 @@ class PairResult:
 
     roc: (FAR, TAR), both (P,), FAR spaced evenly in its logarithm. Histograms: pairs a bin of ``HISTOGRAM_EDGES``.
     num_ranked: queries with a mate in the gallery, those that rank-1 is a share of. Above ``exact_up_to_far`` the ROC,
-    and in scores below it the impostors' histogram, is an estimate from a sample of queries. kept: (FAR, TAR) at given
+    and in scores below it the impostors' histogram, is an estimate from a sample of pairs. kept: (FAR, TAR) at given
     thresholds, by their FARs elsewhere. tar_error, far_error: how far rounding of scores can have moved TAR at FAR, and the FAR
     of its threshold.
     """

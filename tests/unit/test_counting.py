@@ -10,7 +10,14 @@ import torch
 
 from lce_dist.errors import DataError
 from lce_dist.evaluation import counting
-from lce_dist.evaluation.counting import NUM_LEVELS, PairCounts, count_at_all_levels, count_pairs
+from lce_dist.evaluation.counting import (
+    NUM_LEVELS,
+    STEPS_PER_UNIT,
+    PairCounts,
+    count_at_all_levels,
+    count_pairs,
+    error_levels,
+)
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.metrics import result_of
 
@@ -148,6 +155,41 @@ def test_rounding_errors_by_hand() -> None:
     tar_F, far_F = PairCounts(genuine_L, impostor_L, 0, 0).rounding_errors([0.01])
     assert (tar_F[0], far_F[0]) == (0.12, 0.1)
     assert PairCounts(genuine_L, impostor_L, 0, 0).rounding_errors([1.0])[0][0] == 0.0
+
+
+def test_rounding_errors_of_a_wider_reach_by_hand() -> None:
+    genuine_L, impostor_L = np.zeros(NUM_LEVELS, dtype=np.int64), np.zeros(NUM_LEVELS)
+    setting = 1_500_000
+    # within 2 * 3.3 levels of the impostor that sets the threshold: 6 below it and 6 above it
+    genuine_L[setting - 8 : setting + 9] = [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 70]
+    impostor_L[[setting, setting - 2, setting - 3, setting + 1 - 2_000, setting - 4]] = 1, 10, 20, 929, 40
+    tar_F, far_F = PairCounts(genuine_L, impostor_L, 0, 0, off_by=3.3).rounding_errors([1e-4])
+    assert tar_F[0] == 12 / genuine_L.sum() and far_F[0] == 11 / 1000
+    # at the ends of the scale there is nothing beyond
+    genuine_L[-1], impostor_L[-1] = 9, 5
+    tar_F, far_F = PairCounts(genuine_L, impostor_L, 0, 0, off_by=3.3).rounding_errors([1e-4])
+    assert tar_F[0] == 9 / genuine_L.sum() and far_F[0] == 5 / impostor_L.sum()
+
+
+@pytest.mark.parametrize("dim", [16, 128, 512, 1024])
+def test_no_score_is_counted_farther_from_its_own_than_is_said(dim: int) -> None:
+    draw = np.random.default_rng(0)
+    one_value = draw.normal(size=(1000, dim))
+    one_value[:, 0] += 3.0 * np.sqrt(dim)
+    farthest = 0.0
+    for rows_ND in (1.0 + 0.05 * draw.normal(size=(1000, dim)), one_value):
+        rows_ND = (rows_ND / np.linalg.norm(rows_ND, axis=1, keepdims=True)).astype(np.float32)
+        own_NN = (rows_ND.astype(np.float64) @ rows_ND.T.astype(np.float64) + 1.0) * STEPS_PER_UNIT
+        place_NN = counting._levels(rows_ND @ rows_ND.T)
+        rows = torch.from_numpy(rows_ND)
+        for level_NN in (place_NN, counting._levels_of(torch.mm(rows, rows.T)).numpy()):
+            off_NN = np.abs(level_NN - own_NN)
+            np.fill_diagonal(off_NN, 0.0)  # lengths are not 1 to the last bit, so these are beyond the last level
+            farthest = max(farthest, float(off_NN.max()))
+    assert farthest <= error_levels(dim)
+    assert dim < 128 or farthest > 1.0  # one level is not enough
+    many = EmbeddingSet("m", rows_ND, np.arange(1000) % 100, np.arange(1000))
+    assert count_pairs(many, many, FARS).off_by == error_levels(dim)
 
 
 @pytest.mark.usefixtures("small_squares")
