@@ -19,6 +19,9 @@ _REQUEST_TIMEOUT_S, _LONGEST_TIMEOUT_S = 5, 60
 _UPLOAD_BYTES_PER_S = 2_000_000
 # Answers in the 4xx range that another try can change: login, permission, time-out, conflict, too many, cancelled.
 _PASSING_STATUS = (401, 403, 408, 409, 425, 429, 499)
+# MLflow answers BAD_REQUEST to every error of its database but OperationalError. These pass: no free connection, a lost one, a
+# session or transaction that an error before left behind, an error of the database that has no kind. SQLAlchemy ends a text so.
+_PASSING_DATABASE = re.compile(r"sqlalche\.me/e/\w+/(?:3o7r|rvf5|8s2b|7s2a|2j85|4xp6)\)\s*$")
 _ENVIRONMENT = {
     _TIMEOUT: str(_REQUEST_TIMEOUT_S),
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
@@ -76,7 +79,10 @@ def is_refused(error: Exception) -> bool:
 
     if isinstance(error, MlflowException):
         # An unknown path is a proxy or another service in the server's place, not a verdict on the event.
-        status = 503 if error.error_code == "ENDPOINT_NOT_FOUND" else error.get_http_status_code()
+        is_away = error.error_code == "ENDPOINT_NOT_FOUND" or (
+            error.error_code == "BAD_REQUEST" and _PASSING_DATABASE.search(str(error))
+        )
+        status = 503 if is_away else error.get_http_status_code()
     elif isinstance(error, requests.HTTPError) and error.response is not None:
         status = error.response.status_code
     else:
