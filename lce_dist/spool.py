@@ -78,13 +78,17 @@ class Spool:
                 os.close(fd)
 
     def close(self) -> None:
-        """Sync and let the next process in; a second call does nothing."""
-        self.sync()
-        with self._mutex:
-            if not self._closed:
-                self._closed = True
-                os.close(self._fd)
-                os.close(self._lock_fd)
+        """Sync and let the next process in, also when the disk fails; a second call does nothing. Errors: OSError of the disk."""
+        try:
+            self.sync()
+        finally:
+            with self._mutex:
+                if not self._closed:
+                    self._closed = True
+                    try:
+                        os.close(self._fd)
+                    finally:
+                        os.close(self._lock_fd)
 
     def _end_of_last_line(self) -> int:
         end = os.fstat(self._fd).st_size

@@ -85,7 +85,7 @@ class Tracker:
         self._keys: set[str] = set()
         self._monitors: dict[str, threading.Event] = {}
         self._wake, self._closing, self._abandoned = threading.Event(), threading.Event(), threading.Event()
-        self._cannot_write = False
+        self._cannot_write = self._cannot_sync = False
         self._thread = threading.Thread(target=self._work, name="mlflow-replay", daemon=True)
         self._thread.start()
 
@@ -224,7 +224,10 @@ class Tracker:
         self._thread.join(timeout_s)
         self._abandoned.set()
         self._replayer.release()
-        self._spool.close()
+        try:
+            self._spool.close()
+        except OSError as error:
+            self._warn_of_disk(error)
         left = self.pending()
         if left:
             _LOG.warning(
@@ -289,7 +292,7 @@ class Tracker:
                 _LOG.warning("%s", redact(f"MLflow at {self._uri} is back; {self.pending()} events to send"))
             pause_s, is_away = _FIRST_PAUSE_S, False
             if time.monotonic() - synced_s > _SYNC_EVERY_S:
-                self._spool.sync()
+                self._sync()
                 synced_s = time.monotonic()
             if is_busy:
                 continue
@@ -300,6 +303,22 @@ class Tracker:
             else:
                 self._wake.wait(_LONGEST_PAUSE_S)
                 self._closing.wait(_GATHER_S)
+
+    def _sync(self) -> None:
+        try:
+            self._spool.sync()
+            self._cannot_sync = False
+        except OSError as error:
+            self._warn_of_disk(error)
+
+    def _warn_of_disk(self, error: OSError) -> None:
+        if not self._cannot_sync:
+            _LOG.warning(
+                "%s does not reach its disk (%s); a power cut can lose the last events, training goes on. See to the disk",
+                self._spool.path,
+                error,
+            )
+        self._cannot_sync = True
 
     def _sense(self, key: str, stop: threading.Event, interval_s: float) -> None:
         try:
