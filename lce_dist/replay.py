@@ -71,6 +71,7 @@ class Replayer:
         self.cursor = _load_cursor(cursor_path, fresh)
         # After a power cut the position may be newer than the spool; what is gone is gone.
         self.cursor.offset = min(self.cursor.offset, spool.size_bytes())
+        self.cursor.deferred = [offset for offset in self.cursor.deferred if offset < self.cursor.offset]
 
     def pending(self) -> int:
         return self._spool.count_from(self.cursor.offset) + len(self.cursor.deferred)
@@ -228,7 +229,8 @@ class Replayer:
         waiting: tuple[str, ...] = ()
         for offset in tuple(self.cursor.deferred):
             event, _ = next(self._spool.read_from(offset))
-            if event["kind"] in waiting:
+            kind = event.get("kind")  # none where the line is damaged: skipped with a warning, as in order
+            if kind in waiting:
                 continue
             try:
                 self._deliver(event)
@@ -238,7 +240,7 @@ class Replayer:
                     if not self._answers(event["key"]):
                         raise
                     self._warn_waiting(event, error)
-                    waiting = _WAITING_KINDS if event["kind"] in _FILE_KINDS else _REGISTRY_KINDS
+                    waiting = _WAITING_KINDS if kind in _FILE_KINDS else _REGISTRY_KINDS
                     continue
                 self._warn_refused(event, error)
             self.cursor.deferred.remove(offset)

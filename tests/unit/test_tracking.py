@@ -1,8 +1,9 @@
-"""A tracker over a SQLite store whose own disk fails."""
+"""A tracker over a SQLite store whose own disk fails, and one that comes back after a power cut."""
 
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import time
@@ -64,3 +65,22 @@ def test_a_spool_is_closed_whatever_its_disk_says(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
     spool.close()
+
+
+def test_what_a_power_cut_took_is_not_waited_for(tmp_path, caplog):
+    tracker = opened(tmp_path)
+    tracker.start_run("new", "new")
+    tracker.log_metrics("new", {"loss/total": 1.0}, 1)
+    assert tracker.close(60.0)
+    spool, cursor = tmp_path / "run" / "tracking.jsonl", tmp_path / "run" / "tracking.json"
+    size = spool.stat().st_size
+    spool.write_bytes(spool.read_bytes() + b"\0\0\0\n")  # of the last line, length alone reached the disk
+    state = json.loads(cursor.read_text())
+    cursor.write_text(json.dumps(state | {"offset": size + 5000, "deferred": [size, size + 4, size + 300]}))
+    with caplog.at_level(logging.WARNING):
+        tracker = opened(tmp_path)
+        tracker.log_metrics("new", {"loss/total": 2.0}, 2)
+        assert tracker.close(20.0)
+    assert points(tmp_path, "loss/total") == [(1, 1.0), (2, 2.0)]
+    assert json.loads(cursor.read_text())["deferred"] == []
+    assert "skipped a line that is damaged" in caplog.text and "does not take events" not in caplog.text
