@@ -58,18 +58,33 @@ def find_version(client: Any, model_name: str, run_id: str) -> int | None:
 
 def give_alias(client: Any, model_name: str, version: int, alias: str, time_ms: int) -> None:
     """Move ``alias`` to ``version``, unless this version heard so at ``time_ms`` or later: said twice is done once."""
-    said = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
-    tag = _alias_tag(alias)
-    if client.get_model_version(model_name, str(version)).tags.get(tag, "") < said:
+    tags = client.get_model_version(model_name, str(version)).tags
+    if tags.get(_alias_tag(alias), "") < _said(time_ms):
         client.set_registered_model_alias(model_name, alias, str(version))
-        client.set_model_version_tag(model_name, str(version), tag, said)
+        client.set_model_version_tag(model_name, str(version), _alias_tag(alias), _said(time_ms))
+
+
+def _move_alias(client: Any, model_name: str, version: int, alias: str) -> None:
+    """Move ``alias`` to ``version`` whenever it heard so before: another machine's clock may be ahead. Errors: RunError."""
+    tag, held = _alias_tag(alias), client.get_model_version(model_name, str(version)).tags
+    client.set_registered_model_alias(model_name, alias, str(version))
+    client.set_model_version_tag(
+        model_name, str(version), tag, max(held.get(tag, ""), _said(time.time_ns() // 1_000_000))
+    )
+    holder = client.get_registered_model(model_name).aliases.get(alias)
+    if holder is None or int(holder) != version:
+        raise RunError(
+            f"{model_name}@{alias} is version {holder or 'none'} after it was moved to {version}; somebody else moves it too. "
+            "Run the same command again"
+        )
 
 
 def set_model_alias(uri: str, model_name: str, run_id: str, alias: str, replace: bool = False) -> int:
     """Move ``alias`` to the version that was registered from the run, now, and return the version.
 
-    Errors: RunError when MLflow does not answer or has no such version; ConfigError where another version has the alias whose
-    tag "space" is not this one's "parent_space", unless ``replace``: this one was measured against another old model.
+    Errors: RunError when MLflow does not answer, has no such version, or the alias is another's right after; ConfigError where
+    another version has the alias whose tag "space" is not this one's "parent_space", unless ``replace``: this one was measured
+    against another old model.
     """
     with _speaking(uri) as client:
         version = find_version(client, model_name, run_id)
@@ -88,7 +103,7 @@ def set_model_alias(uri: str, model_name: str, run_id: str, alias: str, replace:
                     f"against an old model of space {measured or 'not known'}, which is not the one deployed. Train against "
                     "that one, or move the alias all the same with --replace"
                 )
-        give_alias(client, model_name, version, alias, time.time_ns() // 1_000_000)
+        _move_alias(client, model_name, version, alias)
         return version
 
 
@@ -173,6 +188,10 @@ def _model_file(run_id: str, label: str, event: dict[str, Any]) -> str:
     return Model(
         event["folder"], run_id, utc_time_created=made, signature=signature, model_uuid=label.replace(":", "-")
     ).to_yaml()
+
+
+def _said(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _alias_tag(alias: str) -> str:
