@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lce_dist.errors import DataError, RunError
 from lce_dist.evaluation.answers import answers_of
 from lce_dist.evaluation.gate import GateVerdict, judge
 from lce_dist.registry import describe_version, log_run_file, set_model_alias, tag_run
-from lce_dist.spool import read_cursor
+from lce_dist.spool import read_cursor, read_events
 from lce_dist.tracking import tracking_uri
 
 
@@ -73,7 +74,8 @@ def tell_mlflow(
 ) -> str:
     """Tell the run and its model's version of the verdict and, when passed, move the alias; returns what was done.
 
-    Errors: RunError when MLflow does not answer, or has not got the model yet; those of ``set_model_alias``.
+    Errors: RunError when MLflow does not answer, has not got the model yet, or an earlier verdict still waits to be sent; those of
+    ``set_model_alias``.
     """
     runs = (read_cursor(run_dir / "tracking.json") or {}).get("runs")
     if not isinstance(runs, dict):
@@ -85,6 +87,11 @@ def tell_mlflow(
         )
     if run_id is None:
         return "MLflow does not know this run; nothing was told to it"
+    if _verdict_waits(run_dir):
+        raise RunError(
+            f"{run_dir / 'tracking.jsonl'} holds an earlier verdict that MLflow has not taken and that would be sent after this one; "
+            f"run lce sync {run_dir}, then the same command again"
+        )
     uri = tracking_uri(config.tracking, run_dir.resolve().parent)
     tag_run(uri, run_id, gate_tags(report, entry, config))
     for name in ("gate.json", "report.html"):
@@ -99,6 +106,18 @@ def tell_mlflow(
         return f"MLflow: run {run_id} is tagged; it has no model of its own, so no alias moves"
     version = set_model_alias(uri, model, of_model, alias, replace)
     return f"MLflow: {model}@{alias} is now version {version}, of run {run_id}"
+
+
+def _verdict_waits(run_dir: Path) -> bool:
+    """Whether the spool has yet to tell MLflow of a verdict, by the run's tags or the version's description."""
+    spool, cursor = run_dir / "tracking.jsonl", read_cursor(run_dir / "tracking.json") or {}
+    if not spool.is_file():
+        return False
+    size = spool.stat().st_size
+    waiting = [event for event, _ in read_events(spool, min(int(cursor.get("offset", 0)), size))]
+    deferred = [offset for offset in cursor.get("deferred", ()) if offset < size]
+    waiting += [event for offset in deferred for event, _ in islice(read_events(spool, offset), 1)]
+    return any(event.get("kind") == "model" or "lce.gate" in event.get("tags", ()) for event in waiting)
 
 
 def _write(path: Path, text: str) -> None:

@@ -232,3 +232,35 @@ def test_a_gate_that_cannot_reach_mlflow_says_so_with_another_code(
     assert main(["gate", str(run_dir)]) == 4
     assert "passed, but the alias did not move: no MLflow store" in capsys.readouterr().err
     assert main(["gate", str(run_dir), "--set", "gate.max_negative_flips=0"]) == 1
+
+
+def test_a_verdict_is_not_overtaken_by_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_dir, config = finished_run(tmp_path, "run", 0.4)
+    assert main(["gate", str(run_dir), "--no-mlflow"]) == 0
+    tracked(run_dir, config)
+    cursor, spool = run_dir / "tracking.json", run_dir / "tracking.jsonl"
+    known, lines = json.loads(cursor.read_text()), spool.read_bytes().splitlines(keepends=True)
+    first = next(n for n, line in enumerate(lines) if b'"lce.gate"' in line)
+    model_at = next(n for n, line in enumerate(lines) if json.loads(line).get("kind") == "model")
+    starts = [sum(map(len, lines[:n])) for n in (first, model_at)]
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    other = ["gate", str(run_dir), "--set", "gate.min_self_gain=0.9"]
+    for state in ({"offset": starts[0]}, {"deferred": [starts[1], 10**9]}):
+        cursor.write_text(json.dumps(known | state))
+        assert main(other) == 1
+        caught = " ".join(capsys.readouterr().out.split())
+        assert f"has not taken and that would be sent after this one; run lce sync {run_dir}, then" in caught
+        assert client.get_run(known["runs"]["parent"]).data.tags["lce.gate"] == "passed"
+    assert main(["gate", str(run_dir)]) == 4
+    assert f"passed, but the alias did not move: {spool}" in capsys.readouterr().err
+    assert main(["sync", str(run_dir)]) == 0
+    assert main(other) == 1
+    assert main(["sync", str(run_dir)]) == 0
+    assert client.get_run(known["runs"]["parent"]).data.tags["lce.gate"] == "not passed"
+    # numbers alone may wait: they tell nobody of a verdict
+    with spool.open("a") as file:
+        file.write('{"kind":"metrics","key":"new","time_ms":1,"step":1,"metrics":{"loss/total":1.0}}\n')
+    assert main(["gate", str(run_dir)]) == 0
