@@ -308,7 +308,7 @@ def _templates(arguments: argparse.Namespace) -> None:
 def _identify(arguments: argparse.Namespace) -> None:
     import numpy as np
 
-    from launch.protocol_files import Known, read_people, read_templates
+    from launch.protocol_files import Known, read_people, read_templates, refuse_shared_images
     from launch.protocol_intervals import identification_intervals
     from lce_dist.evaluation.embeddings import EmbeddingSet
     from lce_dist.evaluation.identification import identify
@@ -335,6 +335,8 @@ def _identify(arguments: argparse.Namespace) -> None:
             pooled = _pooled(vectors, templates, people.row_N)
             order_N = np.searchsorted(pooled.sample_ids_N, people.row_N)
             sets.append(EmbeddingSet(vectors.path.name, pooled.vectors_ND[order_N], label_N, people.row_N))
+    if templates is not None:
+        refuse_shared_images(templates, sets[0].sample_ids_N, sets[1].sample_ids_N)
     found = identify(sets[0], sets[1], arguments.enrolment)
     tpir_F, threshold_F = found.tpir_at(arguments.fpir)
     rows = [

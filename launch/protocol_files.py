@@ -135,6 +135,21 @@ def read_templates(path: Path) -> TemplateList:
     return found
 
 
+def refuse_shared_images(listed: TemplateList, probe_T: Ints, enrolled_T: Ints) -> None:
+    """Refuse an image that is in templates of both ``probe_T`` and ``enrolled_T``. Errors: DataError."""
+    line_of: dict[str, int] = {}
+    for entry in np.flatnonzero(np.isin(listed.template_R, probe_T)).tolist():
+        line_of.setdefault(listed.keys[entry], int(listed.line_R[entry]))
+    entries = np.flatnonzero(np.isin(listed.template_R, enrolled_T)).tolist()
+    shared = [entry for entry in entries if listed.keys[entry] in line_of]
+    if shared:
+        raise DataError(
+            f"{listed.path}:{listed.line_R[shared[0]]}: the image is enrolled, and in a probe's template by line "
+            f"{line_of[listed.keys[shared[0]]]} ({len({listed.keys[entry] for entry in shared})} such images); must be in one of the "
+            "two. Leave it out of one template"
+        )
+
+
 def read_people(path: Path, known: Known) -> PeopleList:
     """Who is on which image, or template, and seen by which camera.
 

@@ -246,6 +246,21 @@ def test_an_image_that_is_probe_and_enrolled_is_refused(tmp_path, files):
         lce("identify", "--probes", path, "--enrolled", other, "--query", files[0], "--gallery", files[1])
 
 
+def test_an_image_of_a_probes_template_and_an_enrolled_one_is_refused(tmp_path, files):
+    templates = [("a", 1, KEYS[0]), ("a", 2, KEYS[1]), ("b", 1, KEYS[7]), ("c", 1, KEYS[2]), ("c", 2, KEYS[1])]
+    path = listed(tmp_path / "t.csv", "template_id,media_id,key", templates)
+    probes = listed(tmp_path / "p.csv", "key,identity", [("a", "one"), ("b", "two")])
+    enrolled = listed(tmp_path / "e.csv", "key,identity", [("c", "one")])
+    words = ["identify", "--probes", probes, "--enrolled", enrolled, "--query", files[0], "--gallery", files[1]]
+    told = r"t\.csv:6: the image is enrolled, and in a probe's template by line 3 \(1 such images\)"
+    with pytest.raises(DataError, match=told) as refused:
+        lce(*words, "--templates", path)
+    assert "photo" not in str(refused.value)
+    # of templates that nobody asks for, anything goes
+    others = [*templates[:4], ("d", 1, KEYS[0]), ("d", 2, KEYS[2])]
+    lce(*words, "--templates", listed(tmp_path / "t2.csv", "template_id,media_id,key", others))
+
+
 def test_retrieval_with_cameras_and_junk(tmp_path, files, capsys):
     camera = np.arange(NUM) % 3
     names = [PEOPLE[n] if n % 11 else "-1" for n in range(NUM)]
