@@ -109,3 +109,5 @@ def _show(console: Any, run_dir: Path, verdict: GateVerdict) -> None:
         table.add_row(check.name, check.asked, check.reached, word)
     console.print(table)
     console.print("[green]passed[/green]" if verdict.passed else "[red]not passed[/red]")
+    if verdict.off:
+        console.print(f"not asked: {'; '.join(verdict.off)}", highlight=False, soft_wrap=True, markup=False)

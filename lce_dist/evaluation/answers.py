@@ -52,12 +52,13 @@ def answers_of(report: Mapping[str, Any], verdict: GateVerdict, min_images: int)
 
 def _safe(verdict: GateVerdict) -> str:
     count = len(verdict.checks)
+    off = f" Not asked: {'; '.join(verdict.off)}." if verdict.off else ""
     if verdict.passed:
-        return f"Yes: {count} of {count} checks passed."
+        return f"Yes: {count} of {count} checks passed.{off}"
     if not verdict.checks:
         return "Not judged: the config asks no check."
     failed = "; ".join(f"{check.name}: {check.reached}, asked {check.asked}" for check in verdict.failed)
-    return f"No: {len(verdict.failed)} of {count} checks failed ({failed})."
+    return f"No: {len(verdict.failed)} of {count} checks failed ({failed}).{off}"
 
 
 def _gain(report: Mapping[str, Any], tar: Mapping[str, float], far: str) -> str:

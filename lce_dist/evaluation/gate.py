@@ -22,9 +22,10 @@ class Check:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """passed: every check passed, and there was at least one."""
+    """passed: every check passed, and there was at least one. off: what the config takes out, in words and by its key."""
 
     checks: tuple[Check, ...]
+    off: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -35,6 +36,14 @@ class GateVerdict:
         return tuple(check for check in self.checks if not check.passed)
 
 
+_OFF = {
+    "confidence": "M(n,o) > M(o,o)",
+    "min_self_gain": "M(n,n) - M(o,o)",
+    "min_self_ratio": "M(n,n) / M(*,*)",
+    "max_far_ratio": "FAR with the old threshold kept",
+    "max_negative_flips": "genuine pairs accepted before, rejected now",
+    "min_slice_gain": "the worst group",
+}
 # what "auto" asks, of reports that hold what it takes; a number in the config is asked of every report
 AUTO_SELF_RATIO = 0.97
 AUTO_SLICE_GAIN = -0.02
@@ -94,7 +103,8 @@ def judge(report: Mapping[str, Any], gate: GateConfig) -> GateVerdict:
         gate.min_slice_gain != "auto" or judged_groups(report["slices"], gate.min_slice_images)
     ):
         checks.append(_worst_group(report["slices"], slice_gain, gate.min_slice_images))
-    return GateVerdict(tuple(checks))
+    off = tuple(f"{words} (gate.{key})" for key, words in _OFF.items() if getattr(gate, key) == "off")
+    return GateVerdict(tuple(checks), off)
 
 
 def judged_groups(slices: Sequence[Mapping[str, Any]], min_images: int) -> list[Mapping[str, Any]]:

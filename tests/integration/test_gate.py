@@ -78,6 +78,7 @@ def test_the_alias_moves_to_a_run_that_passes_and_to_no_other(
     assert main(["gate", str(good), "--no-mlflow"]) == 0
     told = capsys.readouterr().out
     assert "passed" in told and "not passed" not in told
+    assert "not asked: FAR with the old threshold kept (gate.max_far_ratio)" in told
     tracked(good, config)
     assert main(["gate", str(good)]) == 0
     assert "faces@champion is now version 1" in capsys.readouterr().out

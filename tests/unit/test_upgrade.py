@@ -157,7 +157,13 @@ def test_wrong_bounds_are_refused() -> None:
 def test_the_answers_name_numbers_and_losers(report: dict[str, Any]) -> None:
     verdict = judge(report, GateConfig())
     said = answers_of(report, verdict, 100)
-    assert said.safe == f"Yes: {len(verdict.checks)} of {len(verdict.checks)} checks passed."
+    count = len(verdict.checks)
+    off = "Not asked: FAR with the old threshold kept (gate.max_far_ratio)."
+    assert said.safe == f"Yes: {count} of {count} checks passed. {off}"
+    strict = judge(report, GateConfig(max_far_ratio=100.0))
+    assert answers_of(report, strict, 100).safe == f"Yes: {count + 1} of {count + 1} checks passed."
+    lax = answers_of(report, judge(report, GateConfig(min_self_gain="off")), 100).safe
+    assert "Not asked: M(n,n) - M(o,o) (gate.min_self_gain); FAR with the old threshold kept" in lax
     assert (
         f"{report['old_old']['tar_at_far']['0.01']:.3f} to {report['new_old']['tar_at_far']['0.01']:.3f}" in said.gain
     )
@@ -177,6 +183,7 @@ def test_the_answers_name_numbers_and_losers(report: dict[str, Any]) -> None:
     assert said.safe.startswith(
         "No: 1 of 5 checks failed (M(n,o) - M(o,o) of the worst group, cover: mask: -0.1250 (-0.2100 to -0.0400), asked"
     )
+    assert said.safe.endswith(f". {off}")
     assert "Groups that lose: cover: mask (-0.125, -0.210 to -0.040). The smallest gain of the others" in said.losers
     assert "chance" not in said.losers
 
