@@ -80,7 +80,7 @@ def upgrade_report(files: VectorFiles, config: VectorsConfig, out: Path, progres
     columns = {}
     if config.evaluation.attributes is not None:
         columns = attributes_by_key(Path(config.evaluation.attributes), images.keys, images.identities)
-    for text in _notes(images):
+    for text in [*_notes(images), *(_note_of_spaces(facts) if bridge is None else ())]:
         progress.note(text)
     fars = config.evaluation.fars
     old, new, independent = images.sets["old"], images.sets["new"], images.sets.get("independent")
@@ -266,6 +266,17 @@ def _notes(images: SameImages) -> list[str]:
             f"{images.num_single:,} identities have one image: they are impostors to others, and nobody's mates"
         )
     return notes
+
+
+def _note_of_spaces(facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of two files that say they are of two spaces, with nothing here that connects them."""
+    old, new = facts["old"]["space"], facts["new"]["space"]
+    if old == new or None in (old, new):
+        return []
+    return [
+        f"spaces: old {old}, new {new}; compared as they are, which means something only if the new model was trained to be "
+        "comparable with the old one. --bridge gives a map between the two"
+    ]
 
 
 def _digest(parts: list[object]) -> str:

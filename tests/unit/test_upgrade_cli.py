@@ -8,6 +8,8 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -158,7 +160,7 @@ def test_a_map_stands_on_the_side_that_its_card_names(tmp_path, direction, capsy
     entries = json.loads(json.dumps(report_entries(build_matrix(cells, FARS))))
     assert {key: found[key] for key in entries} == entries
     assert found["mode"] == {"new_to_old": "vectors-backward", "old_to_new": "vectors-forward"}[direction]
-    assert found["bridge"]["kind"] == "linear"
+    assert found["bridge"]["kind"] == "linear" and "spaces:" not in capsys.readouterr().err
     # of other models
     files["old"] = stored(tmp_path / "else.npz", old, space="another")
     assert "'another'" in refusal(files, tmp_path / "out3", capsys, "--bridge", tmp_path / "bridge")
@@ -255,6 +257,36 @@ def test_bad_files_are_one_line_each(tmp_path, files, capsys):
     files["old"] = files["new"] = one_each
     assert "at most 1 of one identity" in refusal(files, tmp_path / "out", capsys)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_two_spaces_without_a_map_are_told(tmp_path, files, capsys):
+    del files["independent"]
+    upgrade(files, tmp_path / "out")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "spaces: old old space, new new space; compared as they are" in told and "--bridge" in told
+    files["new"] = stored(tmp_path / "same.npz", NEW, None, False, "old space")
+    upgrade(files, tmp_path / "out")
+    files["new"] = stored(tmp_path / "silent.npz", NEW, None, False)
+    upgrade(files, tmp_path / "out")
+    assert "spaces:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npz", "npy"])
+@pytest.mark.parametrize("side", ["old", "new"])
+def test_a_file_without_rows_is_one_line(tmp_path, files, capsys, kind, side):
+    none = np.empty((0, DIM), dtype=np.float32)
+    path = tmp_path / f"none.{kind}"
+    if kind == "parquet":
+        empty = {"key": pa.array([], pa.string()), "vector": pa.array([], pa.list_(pa.float32(), DIM))}
+        pq.write_table(pa.table(empty), path)
+    elif kind == "npz":
+        np.savez(path, keys=np.array([], dtype=str), vectors=none)
+    else:
+        np.save(path, none)
+        (tmp_path / "none.keys.txt").write_text("")
+    files[side] = path
+    line = refusal(files, tmp_path / "out", capsys)
+    assert f"vectors {path} have the shape (0, " in line and "must have a row and a column" in line
 
 
 def test_flags_and_folders(tmp_path, files, capsys):
