@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ _CONNECTIONS = 8
 _ATTEMPTS = 6
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
 _PART_TIMEOUT_S = 60
+_WHOLE_TIMEOUT_S = 86_400  # of a file that comes in one answer: it may take long, as long as bytes arrive
 _ANEW = 3  # times a file that arrives with other bytes is fetched
 
 T = TypeVar("T")
@@ -35,14 +36,17 @@ class Source:
         from obstore.store import from_url
 
         self.url = url.rstrip("/")
-        options: dict[str, Any] = {"timeout": f"{_PART_TIMEOUT_S}s", "connect_timeout": "10s"}
+        options: dict[str, Any] = {"connect_timeout": "10s", "read_timeout": f"{_PART_TIMEOUT_S}s"}
         endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if url.startswith("s3://") else url
         if endpoint.startswith("http://"):
             options["allow_http"] = True
         # what comes back broken is asked for again here, where attempts are counted and told
         retries: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=_PART_TIMEOUT_S)}
         try:
-            self._store = from_url(self.url, client_options=options, retry_config=retries)  # type: ignore[call-overload]
+            self._store, self._slow_store = (
+                from_url(self.url, client_options={**options, "timeout": f"{timeout_s}s"}, retry_config=retries)  # type: ignore[call-overload]
+                for timeout_s in (_PART_TIMEOUT_S, _WHOLE_TIMEOUT_S)
+            )
         except Exception as error:  # noqa: BLE001 - obstore raises errors of several kinds for what a URL lacks
             raise DataError(
                 f"{self.url} cannot be opened ({_words(error)}); must be s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or "
@@ -109,21 +113,27 @@ class Source:
                         f"{self.url}/{name} gave {len(got)} bytes at byte {start}; the manifest says that it has {size_bytes}. "
                         "Restore it, or pack again"
                     )
-                os.pwrite(descriptor, got, start)
+                rest = memoryview(got)
+                while rest:  # a disk that is nearly full takes a part
+                    rest = rest[os.pwrite(descriptor, rest, start + length - len(rest)) :]
 
             try:
                 part(0)
             except NotSupportedError:  # a plain HTTP server: all of it, one connection
                 self._again(name, lambda: self._write_whole(name, to))
                 return
-            for done in [self._pool.submit(part, start) for start in starts[1:]]:
-                done.result()
+            parts = [self._pool.submit(part, start) for start in starts[1:]]
+            try:
+                for done in parts:
+                    done.result()
+            finally:  # nobody may write to this descriptor's number once it is another file's
+                wait([one for one in parts if not one.cancel()])
 
     def _write_whole(self, name: str, to: Path) -> None:
         import obstore
 
         with to.open("wb") as file:
-            for chunk in obstore.get(self._store, name).stream(min_chunk_size=_PART_BYTES):
+            for chunk in obstore.get(self._slow_store, name).stream(min_chunk_size=_PART_BYTES):
                 file.write(chunk)
 
     def _again(self, name: str, get: Callable[[], T]) -> T:

@@ -242,6 +242,87 @@ def test_a_plain_http_server_without_ranges(packed, tmp_path):
         server.shutdown()
 
 
+PARTS = 10_000  # bytes; a shard here has 60,000
+
+
+@pytest.mark.parametrize("fault", ["none", "503", "cut", "wrong bytes"])
+def test_a_shard_that_comes_in_parts_is_whole(faults, packed, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(sources, "_PART_BYTES", PARTS)
+    faults.status = [503, 500, 503] if fault == "503" else []
+    faults.cuts, faults.wrong = 3 * (fault == "cut"), fault == "wrong bytes"
+    shard = shards_of(packed)[1]
+    cache = ShardCache(Source(URL), CacheSettings(tmp_path, 1.0))
+    assert cache.path(shard).read_bytes() == (packed / shard.name).read_bytes()
+    asked = len([line for line in faults.requests if line.endswith(".tar")])
+    num_parts = -(-shard.size_bytes // PARTS)
+    assert num_parts >= 5
+    assert asked == {"none": 1, "503": 1, "cut": 1, "wrong bytes": 2}[fault] * num_parts + 3 * (fault in ("503", "cut"))
+
+
+def test_no_part_is_written_after_another_has_failed(tmp_path, monkeypatch):
+    """The number of a closed descriptor may be another file's by then."""
+    import obstore
+
+    monkeypatch.setattr(sources, "_PART_BYTES", 10)
+    written: list[int] = []
+    pwrite = os.pwrite
+
+    def noted(descriptor: int, payload: bytes, start: int) -> int:
+        written.append(start)
+        return pwrite(descriptor, payload, start)
+
+    def get_range(store: object, name: str, *, start: int, length: int) -> bytes:
+        if start == 10:
+            time.sleep(0.1)
+            return b"short"
+        time.sleep(0.4 * (start > 0))
+        return b"x" * length
+
+    monkeypatch.setattr(os, "pwrite", noted)
+    monkeypatch.setattr(obstore, "get_range", get_range)
+    with pytest.raises(DataError, match="gave 5 bytes at byte 10"):
+        Source("http://127.0.0.1:9/set").fetch("a.tar", tmp_path / "a.tar", 300, "0" * 64)
+    before = len(written)
+    time.sleep(0.8)
+    assert 1 < before == len(written) < 30  # those under way ended, others never began
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_http_server_may_be_slow(tmp_path, monkeypatch):
+    """As long as bytes arrive; one that stands still is asked again, and given up."""
+    payload, stalls = bytes(range(256)) * 120, []
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(payload)))
+            self.end_headers()
+            for start in range(0, len(payload), 2048):
+                if stalls and start:
+                    stalls.append(self.path)
+                    time.sleep(2.5)
+                    return
+                self.wfile.write(payload[start : start + 2048])
+                time.sleep(0.2)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    monkeypatch.setattr(sources, "_PART_TIMEOUT_S", 1)
+    monkeypatch.setattr(sources, "_ATTEMPTS", 2)
+    monkeypatch.setattr(sources, "_FIRST_PAUSE_S", 0.01)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = Source(f"http://127.0.0.1:{server.server_address[1]}/set")
+        start_s = time.monotonic()
+        source.fetch("a.tar", tmp_path / "a.tar", len(payload), hashlib.sha256(payload).hexdigest())
+        assert time.monotonic() - start_s > 2 and (tmp_path / "a.tar").read_bytes() == payload
+        stalls.append("from now on")
+        with pytest.raises(DataError, match="cannot be read after 2 attempts"):
+            source.fetch("b.tar", tmp_path / "b.tar", len(payload), hashlib.sha256(payload).hexdigest())
+        server.shutdown()
+
+
 def test_the_least_lately_used_goes_and_what_is_open_stays(faults, packed, tmp_path):
     shards = shards_of(packed)
     room = (shards[0].size_bytes + shards[1].size_bytes + 1000) / 2**30
