@@ -80,7 +80,7 @@ def open_records(
 
     Without an .idx beside it the file is gone through, record by record. Identity keys are nine-digit labels. The first record
     of the arcface_torch world and those of its identities hold no image and are passed over.
-    Errors: DataError for a file that is cut off, a foreign .idx or .lst, a label that is no whole number from 0, and labels of
+    Errors: DataError for a file that is cut off, a foreign or incomplete .idx, a foreign .lst, a label that is no whole number from 0, and labels of
     2^24 and more, which float32 cannot tell apart, unless a .lst has them.
     **Memory**: 64 bytes a record.
     """
@@ -226,8 +226,23 @@ def _look_at(
             _look_at_parts(path, first + row, int(offset_R[first + row]), size, found)
         if progress is not None:
             progress(min(first + _ROWS, num_records), num_records)
+    if index is not None:
+        _refuse_gaps(path, size, offset_R, found.span_R, index)
     found.has_image_R[:] = found.image_bytes_R > 0
     return found
+
+
+def _refuse_gaps(path: Path, size: int, offset_R: Int64Array, span_R: Int64Array, index: Path) -> None:
+    """Errors: DataError unless each record begins where the one before it ends, and the last ends with the file."""
+    begins_R1 = np.append(offset_R, -(-size // 4) * 4)
+    ends_R1 = np.append(0, offset_R + -(-span_R // 4) * 4)
+    wrong = np.flatnonzero(begins_R1 != ends_R1)
+    if wrong.size:
+        end, begin = int(ends_R1[wrong[0]]), min(int(begins_R1[wrong[0]]), size)
+        raise DataError(
+            f"index {index} names {len(offset_R)} records and nothing from byte {end} to {begin} of {path} ({size} bytes); it "
+            "must name every record. Restore it, or remove it to have the .rec gone through"
+        )
 
 
 def _look_at_parts(path: Path, record: int, offset: int, size: int, found: _Found) -> None:

@@ -173,6 +173,22 @@ def test_records_that_are_cut_off_or_foreign(tmp_path: Path, index: bool) -> Non
         open_records(path)
 
 
+@pytest.mark.parametrize("lost", [[4], [3, 4], [0], [2]])
+def test_an_index_that_names_some_records_only_is_refused(tmp_path: Path, lost: list[int]) -> None:
+    """Cut at the end of a line, or of a .rec that grew."""
+    images = [image + MAGIC_BYTES[: number % 4] for number, image in enumerate(IMAGES[:5])]
+    path = written(tmp_path / "train.rec", [image_record(number, one) for number, one in enumerate(images)])
+    assert len(open_records(path)[0].label_N) == 5
+    lines = path.with_suffix(".idx").read_text().splitlines(keepends=True)[::-1]
+    offsets = [int(line.split()[1]) for line in lines] + [path.stat().st_size]
+    path.with_suffix(".idx").write_text("".join(line for number, line in enumerate(lines) if number not in lost))
+    words = f"names {5 - len(lost)} records and nothing from byte {offsets[lost[0]]} to {offsets[lost[-1] + 1]} of"
+    with pytest.raises(DataError, match=rf"index .*train.idx {words}.*remove it to have the .rec gone through"):
+        open_records(path)
+    path.with_suffix(".idx").unlink()
+    assert len(open_records(path)[0].label_N) == 5
+
+
 @pytest.mark.parametrize("label", [-1.0, 0.5, float("nan")])
 def test_labels_that_are_no_identities(tmp_path: Path, label: float) -> None:
     with pytest.raises(DataError, match="byte 0 has label"):
