@@ -409,10 +409,15 @@ def check_json(file: str | None) -> None:
 
 def tell(file: str | None, values: dict[str, Any], lines: list[str]) -> None:
     """Lines for a person, unless standard output is to hold the JSON."""
-    text = json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    text = _printable(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     if file == "-":
         print(text, end="")
         return
-    print("\n".join(lines))
+    print(_printable("\n".join(lines)))
     if file is not None:
         Path(file).write_text(text, encoding="utf-8")
+
+
+def _printable(text: str) -> str:
+    """With bytes of names that are no UTF-8 as JSON writes them."""
+    return text.encode(errors="backslashreplace").decode()

@@ -17,7 +17,8 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     *((b"\x89PNG", "png"), (b"RIFF", "webp"), (b"BM", "bmp"), (b"GIF8", "gif"), (b"II*\0", "tif"), (b"MM\0*", "tif")),
     *((b"\0\0\0\x0cjP", "jp2"), (b"P6", "ppm"), (b"P5", "pgm")),
 )
-_MOST_NAME_BYTES = 1 << 16
+_MOST_NAME_BYTES = 1 << 20
+_LOOKED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,11 @@ def padded(size: int) -> int:
 
 
 def read_members(tar: mmap.mmap | bytes) -> Iterator[Member]:
-    """The regular files of a ustar, GNU or pax archive, in order; only headers are read.
+    """The regular files of a v7, ustar, GNU or pax archive, in order; only headers are read.
 
-    Errors: BrokenTarError, when the walk arrives there, for a header that is none and for a file that was cut off.
-    **Source**: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block".
+    Errors: BrokenTarError, when the walk arrives there, for a header that is none, for a file that was cut off, and for
+    anything but zeros behind the end mark, such as another archive.
+    **Source**: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar manual, "Basic tar format".
     """
     position = first = 0
     long_name: str | None = None
@@ -82,48 +84,74 @@ def read_members(tar: mmap.mmap | bytes) -> Iterator[Member]:
     while True:
         header = tar[position : position + BLOCK_BYTES]
         if len(header) < BLOCK_BYTES:
-            raise BrokenTarError(position, "the file ends without an end mark, so it was cut off")
+            raise BrokenTarError(position, f"the file ends at byte {len(tar)} without an end mark; it is cut off")
         if header == _ZEROS:
+            _refuse_more(tar, position)
             return
         stated = _number(header[148:156])
         if stated is None or stated != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise BrokenTarError(position, "no tar header begins here")
-        size = _number(header[124:136]) if long_size is None else long_size
+            raise BrokenTarError(position, "no tar header begins here; the file is damaged")
         kind, offset = header[156:157], position + BLOCK_BYTES
-        if size is None or size < 0:
-            raise BrokenTarError(position, "the header has no size")
+        is_about_next = kind in (b"L", b"x", b"K", b"g")
+        size = _number(header[124:136])
+        if kind in (b"1", b"2", b"3", b"4", b"5", b"6"):
+            size = 0  # links, devices and folders have no contents, whatever they say
+        elif long_size is not None and not is_about_next:
+            size = long_size
+        if size is None:
+            raise BrokenTarError(position, "the header has no size; the file is damaged")
         if offset + padded(size) > len(tar):
-            raise BrokenTarError(position, f"a member of {size} bytes goes on beyond the end of the file")
-        if kind in (b"L", b"x", b"K", b"g"):
-            if kind in (b"L", b"x") and size > _MOST_NAME_BYTES:
-                raise BrokenTarError(position, f"a name of {size} bytes is too long")
-            if kind == b"L":
-                long_name = tar[offset : offset + size].rstrip(b"\0").decode("utf-8", errors="replace")
-            elif kind == b"x":
-                records = _pax_records(tar[offset : offset + size])
-                long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdecimal() else None
-        else:
-            if kind in (b"0", b"\0", b"7"):
-                yield Member(_name(header) if long_name is None else long_name, offset, size, first)
-            else:
-                size = 0 if kind in (b"1", b"2", b"3", b"4", b"5", b"6") else size
-            long_name = long_size = None
-            first = offset + padded(size)
+            raise BrokenTarError(
+                position,
+                f"a member of {size} bytes goes on beyond the end of the file at byte {len(tar)}; it is cut off",
+            )
         position = offset + padded(size)
+        if is_about_next:
+            if kind in (b"L", b"x") and size > _MOST_NAME_BYTES:
+                raise BrokenTarError(offset, f"a name of {size} bytes is too long; the file is damaged")
+            if kind == b"L":
+                long_name = _text(tar[offset : offset + size].partition(b"\0")[0])
+            elif kind == b"x":
+                records = _pax_records(tar[offset : offset + size], offset)
+                long_name = records.get("path", long_name)
+                long_size = int(records["size"]) if records.get("size", "").isdecimal() else long_size
+            continue
+        if kind in (b"0", b"\0", b"7"):
+            yield Member(_name(header) if long_name is None else long_name, offset, size, first)
+        long_name = long_size = None
+        first = position
+
+
+def _refuse_more(tar: mmap.mmap | bytes, end: int) -> None:
+    """Errors: BrokenTarError where a byte behind the end mark is not zero: who reads one archive does not see what is there."""
+    for at in range(end, len(tar), _LOOKED_AT_ONCE):
+        piece = tar[at : at + _LOOKED_AT_ONCE]
+        rest = piece.lstrip(b"\0")
+        if rest:
+            raise BrokenTarError(
+                at + len(piece) - len(rest),
+                f"something follows the end mark at byte {end}, such as another tar; if they were concatenated, unpack it "
+                "with tar --ignore-zeros and pack again, or join them with tar --concatenate",
+            )
 
 
 def in_samples(members: Iterable[Member]) -> Iterator[list[Member]]:
     """Members that are one sample: neighbours of one key, up to the first ending that comes again.
 
-    A key that occurs twice in a tar gives two samples, so that nobody gets what lies beside the other image.
+    A key that occurs twice in a tar gives two samples, so that nobody gets what lies beside the other image. Where the tar
+    breaks, what was read of the last sample comes before the error.
     """
     sample: list[Member] = []
-    for member in members:
-        if sample and (member.sample != sample[0].sample or any(member.ending == one.ending for one in sample)):
+    try:
+        for member in members:
+            if sample and (member.sample != sample[0].sample or any(member.ending == one.ending for one in sample)):
+                yield sample
+                sample = []
+            sample.append(member)
+    except BrokenTarError:
+        if sample:
             yield sample
-            sample = []
-        sample.append(member)
+        raise
     if sample:
         yield sample
 
@@ -157,25 +185,33 @@ def member_bytes(name: str, payload: bytes) -> bytes:
 def _name(header: bytes) -> str:
     name = header[:100].partition(b"\0")[0]
     prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", errors="replace")
+    return _text(prefix + b"/" + name if prefix else name)
+
+
+def _text(raw: bytes) -> str:
+    """What is no UTF-8 stays what it is, so that two names never become one."""
+    return raw.decode("utf-8", errors="surrogateescape")
 
 
 def _number(field: bytes) -> int | None:
-    if field[0] & 0x80:  # GNU: large numbers in base 256
-        return int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
+    """Octal digits, or GNU's form for large numbers; None for neither, and below zero."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ")
     if not digits:
         return 0
     return int(digits, 8) if all(48 <= digit <= 55 for digit in digits) else None
 
 
-def _pax_records(block: bytes) -> dict[str, str]:
+def _pax_records(block: bytes, offset: int) -> dict[str, str]:
     records: dict[str, str] = {}
-    while block:
-        length, _, _ = block.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(block):
-            break
-        key, _, value = block[len(length) + 1 : int(length)].partition(b"=")
-        records[key.decode("utf-8", errors="replace")] = value.rstrip(b"\n").decode("utf-8", errors="replace")
-        block = block[int(length) :]
+    at = 0
+    while at < len(block) and block[at] != 0:
+        length, _, rest = block[at : at + _MOST_NAME_BYTES].partition(b" ")
+        end = at + int(length) if length.isdigit() and len(length) <= 9 else 0
+        keyword, equals, value = rest[: max(0, end - at - len(length) - 2)].partition(b"=")
+        if not equals or end > len(block):
+            raise BrokenTarError(offset + at, "the pax header is damaged")
+        records[_text(keyword)] = _text(value)
+        at = end
     return records

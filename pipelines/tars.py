@@ -1,7 +1,7 @@
 """Existing WebDataset tars, indexed where they lie: nothing is copied, and nothing is written beside them.
 
 A sample is a run of members with the same path up to the first dot of the last part; what follows the dot is the kind. Tars may be
-of any dialect that tar, Python and webdataset write: v7, ustar, GNU, pax. **Source**: POSIX.1-2017 pax; GNU tar manual, "Basic tar format".
+of any dialect that tar, Python and webdataset write (pipelines/members.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from pipelines.importing import (
 )
 from pipelines.jpeg import MAX_IMAGE_BYTES
 from pipelines.manifest import INDEX_DTYPE, PackedDataset, ShardRecord, write_description
+from pipelines.members import BrokenTarError, Member, read_members
 from pipelines.units import Told, run_units
 
 _ALL_KINDS = tuple(ending[1:] for ending in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES))
@@ -42,20 +43,10 @@ IMAGE_KINDS = tuple(ending[1:] for ending in IMAGE_SUFFIXES if ending[1:].upper(
 DEFAULT_LABEL_KEY = "label"
 
 _RULES = 1
-_BLOCK = 512
 _HASHED_AT_ONCE = 8 << 20
 _TELL_EVERY = 256
 _OTHER_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
-_LONGEST_TEXT = 1 << 20  # of a label, a .json or a long name
-
-
-@dataclass(frozen=True)
-class Member:
-    """A file in a tar: where its contents begin, and their length."""
-
-    name: str
-    offset: int
-    size: int
+_LONGEST_TEXT = 1 << 20  # of a label or a .json
 
 
 @dataclass(frozen=True)
@@ -192,7 +183,7 @@ class IndexJob:
             hashed = hashlib.sha256()
             end, read, images = 0, 0, 0
             for sample in samples_of(path, contents):
-                key = _key(sample[0].name)
+                key = _key(sample[0])
                 name, identity = f"{self.files[unit]}:{key}", ""
                 try:
                     image = _image(f"{path}:{key}", sample)
@@ -246,16 +237,16 @@ def find_label_rule(tars: Sequence[Path], label_key: str | None) -> LabelRule:
             sample = next(samples_of(str(path), contents), None)
         if sample is None:
             continue
-        kinds = [_kind(member.name) for member in sample]
+        kinds = [member.ending for member in sample]
         if label_key is not None:
             return LabelRule("json", label_key, f"--label-key {label_key} asks for one")
         for kind in ("id", "cls", "json"):
             if kind in kinds:
                 return LabelRule(kind)
-        if "/" in _key(sample[0].name):
+        if "/" in _key(sample[0]):
             return LabelRule(None)
         raise DataError(
-            f"tar {path}: the sample {_key(sample[0].name)!r} has {', '.join(kinds)}; must have .id, .cls or .json, or lie in a "
+            f"tar {path}: the sample {_key(sample[0])!r} has {', '.join(kinds)}; must have .id, .cls or .json, or lie in a "
             "folder that names its identity"
         )
     raise DataError(f"the {len(tars)} tars hold no sample; name others")
@@ -267,7 +258,7 @@ def samples_of(path: str, contents: mmap.mmap) -> Iterator[list[Member]]:
     for member in members_of(path, contents):
         if _base(member.name).startswith(".") or "." not in _base(member.name):
             continue
-        if sample and _key(member.name) != _key(sample[0].name):
+        if sample and _key(member) != _key(sample[0]):
             yield sample
             sample = []
         sample.append(member)
@@ -276,120 +267,47 @@ def samples_of(path: str, contents: mmap.mmap) -> Iterator[list[Member]]:
 
 
 def members_of(path: str, contents: mmap.mmap) -> Iterator[Member]:
-    """The files of a tar, in their order.
-
-    Errors: DataError naming the byte, for headers whose checksum differs, for a tar that ends inside a file, and for one
-    without the two empty blocks of its end: it is cut off between two files.
-    """
-    at, size_bytes = 0, len(contents)
-    next_name: str | None = None
-    next_size: int | None = None
-    while True:
-        header = contents[at : at + _BLOCK]
-        if len(header) < _BLOCK:
-            raise DataError(
-                f"tar {path} ends at byte {size_bytes} without the empty blocks of a tar's end; it is cut off. Restore it"
-            )
-        if header == bytes(_BLOCK):
-            return
-        checksum = _number(header[148:156])
-        if checksum != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise DataError(f"tar {path}: no member's header at byte {at}; the file is damaged. Restore it")
-        kind = header[156:157]
-        size = _number(header[124:136])
-        if size is None or size < 0:
-            raise DataError(f"tar {path}: the header at byte {at} has no size; the file is damaged. Restore it")
-        if kind in b"123456":
-            size = 0  # links, devices and folders have no contents, whatever they say
-        elif next_size is not None and kind not in b"xgLK":
-            size = next_size
-        offset, end = at + _BLOCK, at + _BLOCK + size
-        if end > size_bytes:
-            raise DataError(
-                f"tar {path} ends at byte {size_bytes}, inside the member at byte {at} that goes to {end}; it is cut off. "
-                "Restore it"
-            )
-        at = offset + -(-size // _BLOCK) * _BLOCK
-        if kind in b"xgLK" and size > _LONGEST_TEXT:
-            raise DataError(f"tar {path}: the header at byte {offset} has a text of {size} bytes; the file is damaged")
-        if kind == b"L":
-            next_name = _text(contents[offset:end])
-        elif kind == b"x":
-            facts = _pax(path, contents[offset:end], offset)
-            next_name = facts.get("path", next_name)
-            next_size = int(facts["size"]) if facts.get("size", "").isdigit() else next_size
-        elif kind not in b"gK":
-            if kind in b"07\0":
-                yield Member(_name(header) if next_name is None else next_name, offset, size)
-            next_name = next_size = None
-
-
-def _name(header: bytes) -> str:
-    name, prefix = _text(header[:100]), _text(header[345:500])
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", errors="surrogateescape")
-
-
-def _number(field: bytes) -> int | None:
-    """Octal digits, or GNU's form for large numbers; None for neither."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
+    """The files of a tar, in their order. Errors: DataError naming the byte where the tar is cut off, damaged or two in one."""
     try:
-        return int(field.strip(b" \0") or b"0", 8)
-    except ValueError:
-        return None
-
-
-def _pax(path: str, records: bytes, offset: int) -> dict[str, str]:
-    facts: dict[str, str] = {}
-    at = 0
-    while at < len(records) and records[at : at + 1] != b"\0":
-        length, _, rest = records[at:].partition(b" ")
-        end = at + int(length) if length.isdigit() else 0
-        keyword, equals, value = rest[: max(0, end - at - len(length) - 2)].partition(b"=")
-        if not equals or end > len(records):
-            raise DataError(f"tar {path}: the pax header at byte {offset + at} is damaged; restore the file")
-        facts[_text(keyword)] = value.decode("utf-8", errors="surrogateescape")
-        at = end
-    return facts
+        yield from read_members(contents)
+    except BrokenTarError as error:
+        raise DataError(f"tar {path} is no whole tar: {error}. Restore it, or pack it again") from None
 
 
 def _base(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
+    return name.rpartition("/")[2]
 
 
-def _key(name: str) -> str:
-    folder, slash, base = name.rpartition("/")
-    return f"{folder}{slash}{base.split('.', 1)[0]}".removeprefix("./")
-
-
-def _kind(name: str) -> str:
-    return _base(name).partition(".")[2].lower()
+def _key(member: Member) -> str:
+    return member.sample.removeprefix("./")
 
 
 def _image(place: str, sample: Sequence[Member]) -> Member:
-    images = [member for member in sample if _kind(member.name) in _ALL_KINDS]
+    # 1.jpg beside 1.mask.png is the image; 1.face.jpg alone is, too
+    images = [member for member in sample if member.ending in _ALL_KINDS]
+    images = images or [member for member in sample if _image_kind(member) in _ALL_KINDS]
     where = f"tar {place} at byte {sample[0].offset}"
     if len(images) != 1:
         raise DataError(f"{where} has {len(images)} images ({', '.join(IMAGE_KINDS)}); must have one")
-    if _kind(images[0].name) not in IMAGE_KINDS:
+    if _image_kind(images[0]) not in IMAGE_KINDS:
         raise DataError(
-            f"{where} has a .{_kind(images[0].name)}, which training cannot read where it lies; must be {', '.join(IMAGE_KINDS)}"
+            f"{where} has a .{images[0].ending}, which training cannot read where it lies; must be {', '.join(IMAGE_KINDS)}"
         )
     return images[0]
+
+
+def _image_kind(member: Member) -> str:
+    return member.ending.rpartition(".")[2]
 
 
 def _identity(place: str, contents: mmap.mmap, sample: Sequence[Member], rule: LabelRule) -> str:
     where = f"tar {place} at byte {sample[0].offset}"
     if rule.kind is None:
-        folder = _key(sample[0].name).rpartition("/")[0]
+        folder = _key(sample[0]).rpartition("/")[0]
         if not folder:
             raise DataError(f"{where} lies in no folder; the first one does, and its folder names the identity")
         return folder
-    member = next((one for one in sample if _kind(one.name) == rule.kind), None)
+    member = next((one for one in sample if one.ending == rule.kind), None)
     if member is None:
         raise DataError(f"{where} has no .{rule.kind}; {rule.why}")
     if member.size > _LONGEST_TEXT:

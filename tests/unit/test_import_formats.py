@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+import re
 import struct
 import tarfile
 from collections.abc import Sequence
@@ -24,12 +25,14 @@ from pyarrow import parquet
 from launch.cli import main
 from launch.protocol_files import Known, read_pairs
 from lce_dist.errors import ConfigError, DataError
+from lce_dist.keys import hash_keys
 from pipelines.formats import SourceOptions, find_format, open_source
 from pipelines.importing import Imported, ImportSettings, import_images
 from pipelines.manifest import PackedDataset, verify_checksums
 from pipelines.reading import ShardReader
 from pipelines.recordio import MAGIC, RecordSource, join_parts, open_records
 from pipelines.tars import index_tars
+from pipelines.verify import verify
 from tests.unit.test_import import encoded
 
 SMALL = ImportSettings(shard_bytes=20_000)
@@ -304,18 +307,82 @@ def test_every_cut_of_a_tar_is_an_error_that_names_file_and_byte(tmp_path: Path)
     ended = -(-len(end) // 512) * 512
     for size in [*range(1, ended + 511, 97), *range(512, ended + 1, 512)]:
         path.write_bytes(whole[:size])
-        with pytest.raises(DataError, match=rf"a.tar ends at byte {size}.*cut off"):
+        with pytest.raises(DataError, match=rf"a.tar is no whole tar: at byte \d+: .*at byte {size}(?!\d).*cut off"):
             index(path.parent, tmp_path / "out")
     path.write_bytes(whole[: ended + 512])
     assert index(path.parent, tmp_path / "out2").dataset.num_samples == 2
     damaged = bytearray(whole)
     damaged[1024 + 3] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match="no member's header at byte 1024"):
+    with pytest.raises(DataError, match="at byte 1024: no tar header begins here"):
         index(path.parent, tmp_path / "out3")
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"tar .*a.tar is empty"):
         index(path.parent, tmp_path / "out4")
+
+
+def test_concatenated_tars_are_refused_by_import_and_found_by_verify(tmp_path: Path) -> None:
+    """Readers stop at the first end mark: what was behind it was lost without a word."""
+    root = tmp_path / "shards"
+    first = tar_of(root / "a.tar", [("a.cls", b"1"), ("a.jpg", IMAGES[0])])
+    second = tar_of(tmp_path / "b.tar", [("b.cls", b"2"), ("b.jpg", IMAGES[1])])
+    assert index(root, tmp_path / "out").dataset.num_samples == 1
+    end, size = 512 + 512 + 512 + -(-len(IMAGES[0]) // 512) * 512, first.stat().st_size
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    words = rf"at byte {size}: something follows the end mark at byte {end}, .*concatenated"
+    for policy in (SMALL, SKIP):
+        with pytest.raises(DataError, match=rf"a.tar is no whole tar: {words}"):
+            index(root, tmp_path / f"out-{policy.skip_bad}", policy)
+    kinds = {one.kind: one.detail for one in verify(tmp_path / "out", num_workers=1).findings}
+    assert re.match(words, kinds["tar"]) and "index" not in kinds
+    first.write_bytes(first.read_bytes()[:size] + bytes(5 << 20))
+    assert index(root, tmp_path / "more-zeros").dataset.num_samples == 1
+
+
+def test_one_rule_for_keys_and_images_whoever_reads_a_tar(tmp_path: Path) -> None:
+    """The key ends at the first dot; an image whose kind has a dot counts where there is no plain one. As webdataset does."""
+    root = tmp_path / "shards"
+    members = [
+        ("0001.face.jpg", IMAGES[0]),
+        ("0001.cls", b"1"),
+        ("0002.jpg", IMAGES[1]),
+        ("0002.mask.png", encoded(2, "PNG")),
+    ]
+    path = tar_of(root / "a.tar", [*members, ("0002.cls", b"2")])
+    theirs = list(webdataset.WebDataset([str(path)], shardshuffle=False))
+    assert [(one["__key__"], one.keys() & {"face.jpg", "jpg", "mask.png"}) for one in theirs] == [
+        ("0001", {"face.jpg"}),
+        ("0002", {"jpg", "mask.png"}),
+    ]
+    dataset = index(root, tmp_path / "out").dataset
+    assert contents(dataset) == {IMAGES[0]: "000000001", IMAGES[1]: "000000002"}
+    assert verify(tmp_path / "out", num_workers=1).findings == ()
+    tar_of(root / "a.tar", [*members[:2], ("0001.mask.png", IMAGES[1])])
+    with pytest.raises(DataError, match=r"a.tar:0001 .* has 2 images"):
+        index(root, tmp_path / "two")
+
+
+def test_names_that_are_no_text_stay_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "shards"
+    names = [b"\xff".decode(errors="surrogateescape"), b"\xfe".decode(errors="surrogateescape")]
+    members = [
+        (f"{name}.{kind}", payload)
+        for n, name in enumerate(names)
+        for kind, payload in (("cls", b"%d" % n), ("jpg", IMAGES[n]))
+    ]
+    for style in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        tar_of(root / "a.tar", members, style)
+        out = tmp_path / f"out-{style}"
+        dataset = index(root, out).dataset
+        assert dataset.num_samples == 2 and dataset.name_hash_N2 is not None
+        assert dataset.name_hash_N2.tolist() == hash_keys([f"a.tar/{name}.jpg" for name in names]).tolist()
+        assert verify(out, num_workers=1).findings == ()
+        with (root / "a.tar").open("r+b") as file:
+            file.seek(int(dataset.index["offset"][1]))
+            file.write(bytes(100))
+        assert main(["data", "verify", str(out), "--decode", "--quarantine", "--workers", "1"]) == 3
+        assert "undecodable" in capsys.readouterr().out
+        assert main(["data", "verify", str(out), "--decode", "--json", "-", "--workers", "1"]) == 3
 
 
 def test_one_policy_for_what_is_wrong_with_a_sample_of_a_tar(tmp_path: Path) -> None:

@@ -85,6 +85,26 @@ def test_a_broken_one_names_the_byte(cut, byte: int, word: str) -> None:
     assert raised.value.byte == byte
 
 
+def test_links_have_no_contents_whatever_they_say() -> None:
+    """Some writers state the size of what a hard link points at."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname, link.size = tarfile.LNKTYPE, "0.jpg", 10**6
+        tar.addfile(link)
+    found = read_members(member_bytes("0.jpg", b"x" * 30) + out.getvalue())
+    assert [one.name for one in found] == ["0.jpg"]
+
+
+def test_what_follows_the_end_is_an_error_that_names_the_place() -> None:
+    tar = member_bytes("0.jpg", b"x" * 30) + END_OF_TAR
+    assert len(list(read_members(tar + bytes(10_000)))) == 1
+    for more in (tar, b"?", bytes(700) + b"\x01"):
+        with pytest.raises(BrokenTarError, match=r"follows the end mark at byte 1024, .*tar --ignore-zeros") as raised:
+            list(read_members(tar + more))
+        assert raised.value.byte == len(tar) + len(more) - len(more.lstrip(b"\0"))
+
+
 def test_sample_and_ending() -> None:
     one = Member("a.b/000.seg.JPG", 0, 0, 0)
     assert (one.sample, one.ending, one.is_image) == ("a.b/000", "seg.jpg", True)
