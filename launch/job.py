@@ -94,7 +94,7 @@ class Job:
 def run_job(job: Job, world: World, report: Report) -> None:
     """Train old, measure its space, train new (and independent), evaluate, write the report."""
     config = job.config
-    dataset = PackedDataset.open(job.data_dir, cache_settings(config), job.cache_dir)
+    dataset = PackedDataset.open(job.data_dir, cache_settings(config, world), job.cache_dir)
     parts = open_parts(config.data, job.base_dir, dataset, job.cache_dir)
     old_view, train_view, test_view = parts.view("old"), parts.view("train"), parts.view("heldout")
 

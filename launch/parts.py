@@ -10,6 +10,7 @@ import numpy as np
 
 from lce_dist.config import Config, DataConfig
 from lce_dist.errors import ConfigError
+from lce_dist.world import World
 from pipelines.cache import CacheSettings
 from pipelines.identities import Chosen
 from pipelines.manifest import Choice, IdentitySplit, PackedDataset, View, shard_edges, split_identities
@@ -73,10 +74,10 @@ def open_parts(data: DataConfig, base_dir: Path, dataset: PackedDataset, cache: 
     return Parts(dataset, people, None, drawn_by, cache)
 
 
-def cache_settings(config: Config) -> CacheSettings:
-    """Where shards are kept that lie at a URL."""
-    folder = config.cluster.cache_dir
-    return CacheSettings(None if folder is None else Path(folder), config.cluster.cache_gib)
+def cache_settings(config: Config, world: World | None = None) -> CacheSettings:
+    """Where shards are kept that lie at a URL. world: whose ranks share them; None: this process alone reads."""
+    folder, ranks = config.cluster.cache_dir, 1 if world is None else -(-world.size // world.num_nodes)
+    return CacheSettings(None if folder is None else Path(folder), config.cluster.cache_gib, ranks)
 
 
 def shuffle_of(data: DataConfig, dataset: PackedDataset) -> Literal["global", "blocks"]:

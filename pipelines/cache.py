@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import tempfile
 import threading
@@ -12,13 +13,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from lce_dist.errors import DataError
 from pipelines.sources import Source
 
+_LOG = logging.getLogger(__name__)
 _AHEAD = 4  # shards that are fetched at a time
 _MOST_COMING = 32
-_SHARE = 4  # the part of the limit that a process may hold open, and again of what is on its way to it
+_SHARE = 4  # the part of the limit that a node's ranks together may hold open, and again of what is on its way to them
 _DEFAULT_GIB = 100.0
 _NAME_LENGTH = 64  # of a sha256
 _STALE_S = 3600.0
@@ -26,10 +29,14 @@ _STALE_S = 3600.0
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Where shards are kept, and how many GiB of them. directory: None: below the folder for temporary files, by user."""
+    """Where shards are kept, and how many GiB of them. directory: None: below the folder for temporary files, by user.
+
+    ranks: how many processes of this node share them at a time.
+    """
 
     directory: Path | None = None
     gib: float = _DEFAULT_GIB
+    ranks: int = 1
 
     @property
     def folder(self) -> Path:
@@ -76,7 +83,7 @@ class ShardCache:
     def __init__(self, source: Source, settings: CacheSettings) -> None:
         self.fetched = Fetched()
         self._source = source
-        self._limit = int(settings.gib * 2**30)
+        self._limit, self._ranks, self._has_warned = int(settings.gib * 2**30), settings.ranks, False
         self._folder = settings.folder
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -91,7 +98,17 @@ class ShardCache:
     @property
     def holds_bytes(self) -> int:
         """How much a process should keep open: what is open cannot make room for others."""
-        return self._limit // _SHARE
+        return self._limit // (_SHARE * self._ranks)
+
+    def check_room(self, largest_bytes: int) -> None:
+        """Errors: DataError where each rank's least, a shard that is read and one on its way, is more than the limit."""
+        needed = 2 * self._ranks * largest_bytes
+        if self._ranks > 1 and needed > self._limit:
+            raise DataError(
+                f"cluster.cache_gib is {self._limit / 2**30:.3g}; {self._ranks} ranks of a node hold two shards each, of up to "
+                f"{largest_bytes / 2**30:.3g} GiB: it must be at least {needed / 2**30:.3g}, and better twice that. Raise it, or "
+                "pack smaller shards (--shard-mb)"
+            )
 
     def prefetch(self, shard: RemoteShard) -> None:
         """Begin to fetch a shard that will be opened; nothing when as much as is sensible is on its way."""
@@ -138,12 +155,12 @@ class ShardCache:
         if descriptor is not None:
             self.fetched.add(hits=1)
             return descriptor
-        with _locked(self._folder / f"{shard.sha256}.lock"):
+        with _locked(self._folder / f"{shard.sha256}.lock") as lock:
             descriptor = _opened(path)  # another process has been here
             if descriptor is not None:
                 self.fetched.add(hits=1)
                 return descriptor
-            self._make_room(shard)
+            self._make_room(shard, lock)
             start_s = time.perf_counter()
             try:
                 self._source.fetch(shard.name, path, shard.size_bytes, shard.sha256)
@@ -152,6 +169,8 @@ class ShardCache:
                     f"{path} cannot be written ({error.strerror}); free space there, or lower cluster.cache_gib, or name another "
                     "cluster.cache_dir"
                 ) from None
+            finally:
+                lock.truncate(0)
             took_s = time.perf_counter() - start_s
             self.fetched.add(misses=1, bytes_fetched=shard.size_bytes, fetching_s=took_s)
             descriptor = _opened(path)
@@ -159,26 +178,41 @@ class ShardCache:
             return self._descriptor(shard)  # removed by another process that needed room at once
         return descriptor
 
-    def _make_room(self, shard: RemoteShard) -> None:
+    def _make_room(self, shard: RemoteShard, lock: IO[str]) -> None:
+        """Remove what was not used for longest; ``lock`` says from then on how many bytes come, so that others count them."""
         if shard.size_bytes > self._limit:
             raise DataError(
                 f"cluster.cache_gib is {self._limit / 2**30:.3g}; shard {shard.name} alone has {shard.size_bytes / 2**30:.3g} GiB. Raise it"
             )
         with _locked(self._folder / "room.lock"):
-            there = []
+            there, coming = [], 0
             for path in self._folder.iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()
                     if len(path.name) == _NAME_LENGTH:
                         there.append((status.st_mtime_ns, status.st_size, path))
+                    elif path.suffix == ".lock" and status.st_size and not path.with_suffix("").exists():
+                        coming += _announced(path)
                     elif path.suffix == ".partial" and time.time() - status.st_mtime > _STALE_S:
                         path.unlink()  # of a process that was killed
-            total = sum(size for _, size, _ in there)
+            total = coming + sum(size for _, size, _ in there)
             for _, size, path in sorted(there):
                 if total + shard.size_bytes <= self._limit:
                     break
                 if _remove_unused(path):
                     total -= size
+            lock.write(str(shard.size_bytes))
+            lock.flush()
+        if total + shard.size_bytes > self._limit and not self._has_warned:
+            self._has_warned = True
+            _LOG.warning(
+                "%s holds %.3g GiB that are open or on their way, and %.3g GiB come; cluster.cache_gib is %.3g. Raise it, or let "
+                "fewer runs share it",
+                self._folder,
+                total / 2**30,
+                shard.size_bytes / 2**30,
+                self._limit / 2**30,
+            )
 
 
 def _close_result(future: Future[int]) -> None:
@@ -212,8 +246,19 @@ def _remove_unused(path: Path) -> bool:
     return False
 
 
+def _announced(path: Path) -> int:
+    """How many bytes the process that holds a shard's lock is fetching; nothing where it was killed."""
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read() or 0)
+    return 0
+
+
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[IO[str]]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        file.truncate(0)  # left by one that was killed
+        yield file

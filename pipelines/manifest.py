@@ -219,9 +219,11 @@ class PackedDataset:
 
     @functools.cached_property
     def cache(self) -> ShardCache:
-        """Of shards that lie at a URL."""
+        """Of shards that lie at a URL. Errors: DataError where this node's ranks have no room in it."""
         assert self.manifest.root is not None, "shards on this machine need no cache"
-        return ShardCache(Source(self.manifest.root), self.cache_settings)
+        cache = ShardCache(Source(self.manifest.root), self.cache_settings)
+        cache.check_room(max(shard.size_bytes for shard in self.manifest.shards))
+        return cache
 
     def remote_shard(self, shard: int) -> RemoteShard:
         """What the cache needs to know of a shard."""

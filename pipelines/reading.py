@@ -66,6 +66,8 @@ class ShardReader:
         if descriptor is not None:
             self._descriptors.move_to_end(shard)
             return descriptor
+        while len(self._descriptors) >= self._may_stay_open:  # first, so that it can make room
+            os.close(self._descriptors.popitem(last=False)[1])
         if self._dataset.is_remote:
             descriptor = self._dataset.cache.open(self._dataset.remote_shard(shard))
         else:
@@ -75,8 +77,6 @@ class ShardReader:
             except OSError as error:
                 raise DataError(f"shard {path} cannot be opened ({error.strerror}); restore it or pack again") from None
         self._descriptors[shard] = descriptor
-        while len(self._descriptors) > self._may_stay_open:
-            os.close(self._descriptors.popitem(last=False)[1])
         return descriptor
 
     @functools.cached_property

@@ -42,7 +42,7 @@ _ALL_KINDS = tuple(ending[1:] for ending in (*IMAGE_SUFFIXES, *FOREIGN_SUFFIXES)
 IMAGE_KINDS = tuple(ending[1:] for ending in IMAGE_SUFFIXES if ending[1:].upper() not in NOT_IN_TRAINING)
 DEFAULT_LABEL_KEY = "label"
 
-_RULES = 1
+_RULES = 2
 _HASHED_AT_ONCE = 8 << 20
 _TELL_EVERY = 256
 _OTHER_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)

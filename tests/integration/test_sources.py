@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,12 +25,16 @@ import torch
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from launch.parts import cache_settings
+from lce_dist.config import parse_config
 from lce_dist.errors import DataError
+from lce_dist.world import World
 from pipelines import sources
 from pipelines.cache import CacheSettings, RemoteShard, ShardCache
 from pipelines.manifest import PackedDataset, Quarantined, fetch_description, shard_edges, write_quarantine
 from pipelines.order import BlockOrder, EpochOrder
 from pipelines.pack import pack_images
+from pipelines.reading import ShardReader
 from pipelines.sources import Source
 from pipelines.stream import ImageStream, training_plan
 from tests.integration.conftest import CANARY
@@ -340,6 +345,75 @@ def test_the_least_lately_used_goes_and_what_is_open_stays(faults, packed, tmp_p
     there = {path.name for path in tmp_path.iterdir() if len(path.name) == 64}
     assert there == {shards[0].sha256, shards[3].sha256}
     os.close(first)
+
+
+def _read_all(folder: str, description: str, gib: float, ranks: int, rank: int, ready, told) -> None:
+    told_words: list[str] = []
+    logging.getLogger("pipelines.cache").addHandler(handler := logging.Handler())
+    handler.emit = lambda record: told_words.append(record.getMessage())  # type: ignore[method-assign]
+    dataset = PackedDataset.open(Path(description), CacheSettings(Path(folder), gib, ranks))
+    reader = ShardReader(dataset)
+    ready.wait(60)
+    order = EpochOrder(dataset.num_samples, 4, rank)
+    for step in range(8):
+        ids = order.batch(step)
+        reader.prefetch(order.batch(step + 1))
+        reader.read(ids)
+    reader.close()
+    told.put(told_words)
+
+
+def _bytes_there(folder: Path) -> int:
+    there = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            there += path.stat().st_size
+    return there
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_ranks_of_a_node_keep_one_limit_together(faults, packed, tmp_path, knows):
+    """Three ranks that know of each other; and three of one each, that are told of it."""
+    description = fetch_description(URL, tmp_path / "cache")
+    largest = max(shard.size_bytes for shard in shards_of(packed))
+    faults.slow_s = 0.02
+    limit = (6 if knows else 2) * largest
+    context = multiprocessing.get_context("spawn")
+    told, ready, folder = context.Queue(), context.Barrier(4), tmp_path / "shards"
+    folder.mkdir()
+    arguments = (str(folder), str(description), limit / 2**30, 3 if knows else 1)
+    ranks = [context.Process(target=_read_all, args=(*arguments, rank, ready, told)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    ready.wait(60)
+    most = 0
+    while any(rank.is_alive() for rank in ranks) and told.qsize() < 3:
+        most = max(most, _bytes_there(folder))
+        time.sleep(0.001)
+    words = [told.get(timeout=60) for _ in ranks]
+    for rank in ranks:
+        rank.join(30)
+    if knows:
+        assert most <= limit + 100 and not any(words)  # and what locks say
+    else:
+        assert any("cluster.cache_gib is" in line for lines in words for line in lines)
+        assert all(len(lines) <= 1 for lines in words)
+
+
+def test_too_little_for_the_ranks_of_a_node_is_said_at_once(faults, packed, tmp_path):
+    description = fetch_description(URL, tmp_path / "cache")
+    gib = 15 * max(shard.size_bytes for shard in shards_of(packed)) / 2**30
+    few, many = (PackedDataset.open(description, CacheSettings(tmp_path / "s", gib, ranks)) for ranks in (7, 8))
+    assert few.cache.holds_bytes == int(gib * 2**30) // 28
+    with pytest.raises(
+        DataError, match=r"cluster.cache_gib is .*; 8 ranks of a node hold two shards each, .* Raise it"
+    ):
+        _ = many.cache
+    section = {"net": "tiny8", "embedding_dim": 8}
+    config = parse_config(
+        {"data": {"shards": "x"}, "old": section, "new": section, "head": {"loss": "softmax"}}, "test", json_mode=True
+    )
+    assert cache_settings(config).ranks == 1 and cache_settings(config, World(3, 16, 2)).ranks == 8
 
 
 def _fetch_all(folder: str, shards: list[RemoteShard], counts) -> None:
