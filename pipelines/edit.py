@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from pipelines.sidecars import DESCRIPTOR_FILE
 from pipelines.verify import samples_by_shard
 
 Progress = Callable[[str, int, int], None]
+
+_QUOTED_LETTERS = 40  # of a text that a finding quotes
 
 
 class _NewShard:
@@ -95,6 +97,8 @@ def remove(
 ) -> Removed:
     """Take identities, and images by name (as packed, IDENTITY/FILE, or as tar member), out of a data set, for good.
 
+    With an identity go the images whose .id names it, whoever has them by the index.
+
     Shards that hold none of them are kept as they are. A new data set is built beside ``directory`` and takes its place
     in one step of the file system; killed before, nothing has happened; killed after, only the old files are still to be
     deleted, which the same command does. Sample numbers change; class numbers in .cls members do not.
@@ -111,17 +115,17 @@ def remove(
                 f"{directory} has its shards at {dataset.manifest.root}, where other data sets may use them. Merge it into "
                 "one of its own (lce data merge), remove there, and remove the originals by hand"
             )
-        is_gone, unknown = _asked(dataset, identities, images, count)
+        is_gone, named, unknown = _asked(dataset, identities, images, count)
         if unknown and not finished:
             raise DataError(
                 f"{directory} has no {unknown[0]!r} ({len(unknown)} of {len(identities) + len(images)} are unknown); must be "
                 f"one of its {len(dataset.identities)} identity keys, or an image's name as packed or tar member. Nothing was "
                 "removed"
             )
-        if not is_gone.any():
+        if not is_gone.any() and not named:
             return Removed(0, (), 0, (), finished, unknown)
         try:
-            removed = _build(dataset, is_gone, frozenset(identities), frozenset(images), new, count)
+            removed = _build(dataset, is_gone, named, frozenset(identities), frozenset(images), new, count)
             PackedDataset.open(new)
             _sync((*(place for place in new.iterdir() if place.is_file()), new))
             _take_place(new, directory, old)
@@ -170,8 +174,8 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def _asked(
     dataset: PackedDataset, identities: Sequence[str], images: Sequence[str], count: Progress
-) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
-    """(N,) which samples are to go, and what was asked for and is not there."""
+) -> tuple[npt.NDArray[np.bool_], frozenset[int], tuple[str, ...]]:
+    """(N,) which samples are to go, the shards that name an identity to go, and what was asked for and is not there."""
     label_of = {key: label for label, key in enumerate(dataset.identities)}
     goes_C = np.zeros(len(label_of), dtype=bool)
     for key in identities:
@@ -194,9 +198,34 @@ def _asked(
                 missing.append(image)
     if missing:
         missing = _by_member(dataset, missing, is_gone, count)
+    named, found = _by_id(dataset, frozenset(identities), is_gone, count) if identities else (frozenset(), set())
     if is_gone.all():
         raise DataError(f"nothing of {dataset.directory} would be left; delete the folder instead")
-    return is_gone, (*(key for key in identities if key not in label_of), *missing)
+    return is_gone, named, (*(key for key in identities if key not in label_of and key not in found), *missing)
+
+
+def _by_id(
+    dataset: PackedDataset, identities: frozenset[str], is_gone: npt.NDArray[np.bool_], count: Progress
+) -> tuple[frozenset[int], set[str]]:
+    """Mark the samples whose .id names one of these, whoever has them by the index; the shards and the identities named."""
+    owners = {key.encode(): key for key in identities}
+    named, found = set(), set()
+    num_shards = len(dataset.manifest.shards)
+    for shard, samples in enumerate(samples_by_shard(dataset.index, num_shards)):
+        sample_at = dict(zip(dataset.index["offset"][samples].tolist(), samples.tolist(), strict=True))
+        with _mapped(dataset.shard_path(shard)) as tar:
+            for members in in_samples(_members(dataset, shard)):
+                said = {key for one in members if (key := _said(tar, one, owners)) is not None}
+                if said:
+                    named.add(shard)
+                    found |= said
+                    is_gone[[sample_at[one.offset] for one in members if one.offset in sample_at]] = True
+        count("looking for names", shard + 1, num_shards)
+    return frozenset(named), found
+
+
+def _said(tar: mmap.mmap, member: Member, owners: Mapping[bytes, str]) -> str | None:
+    return owners.get(tar[member.offset : member.offset + member.size]) if member.ending == "id" else None
 
 
 def _by_member(
@@ -228,6 +257,7 @@ def _members(dataset: PackedDataset, shard: int) -> Iterator[Member]:
 def _build(
     dataset: PackedDataset,
     is_gone: npt.NDArray[np.bool_],
+    named: frozenset[int],
     identities: frozenset[str],
     images: frozenset[str],
     new: Path,
@@ -247,7 +277,7 @@ def _build(
     for shard, samples in enumerate(samples_by_shard(dataset.index, num_shards)):
         record = dataset.manifest.shards[shard]
         gone = is_gone[samples]
-        if not gone.any():
+        if not gone.any() and shard not in named:
             _link(dataset.shard_path(shard), new / record.file)
             index["shard"][samples] = len(records)
             records.append(record)
@@ -268,11 +298,9 @@ def _build(
     else:
         names_N2 = np.asarray(names[~is_gone])
     new_sample = np.cumsum(~is_gone) - 1
-    listed = read_quarantine(dataset.directory, dataset.num_samples)
-    write_quarantine(
-        new,
-        [Quarantined(int(new_sample[one.sample]), one.key, one.reason) for one in listed if not is_gone[one.sample]],
-    )
+    listed = [one for one in read_quarantine(dataset.directory, dataset.num_samples) if not is_gone[one.sample]]
+    without = _redactor((*left, *identities, *images))
+    write_quarantine(new, [Quarantined(int(new_sample[one.sample]), one.key, without(one.reason)) for one in listed])
     write_description(
         new,
         dataset.manifest.name,
@@ -303,13 +331,13 @@ def _rewritten(
     """
     offsets = dataset.index["offset"][samples].tolist()
     gone_at = {offset for offset, goes in zip(offsets, gone.tolist(), strict=True) if goes}
-    owners = {key.encode() for key in identities}
+    owners = {key.encode(): key for key in identities}
     path = dataset.shard_path(shard)
     with _mapped(path) as tar:
         written = _NewShard(new / _next_name(dataset.manifest.shards[shard].file))
         moved: dict[int, int] = {}
         for members in in_samples(_members(dataset, shard)):
-            theirs = any(one.ending == "id" and tar[one.offset : one.offset + one.size] in owners for one in members)
+            theirs = any(_said(tar, one, owners) is not None for one in members)
             if theirs or any(one.offset in gone_at for one in members):
                 continue
             for one in members:
@@ -324,6 +352,16 @@ def _rewritten(
             index[sample]["offset"] = moved[offset]
             written.num_samples += 1
     return written.finish()
+
+
+def _redactor(names: Iterable[str]) -> Callable[[str], str]:
+    """Takes names out of a text, also as Python or verify's 40 letters write them."""
+    forms = {form for name in names if name for form in (name, name[:_QUOTED_LETTERS], repr(name)[1:-1])}
+    if not forms:
+        return lambda text: text
+    longest_first = "|".join(re.escape(form) for form in sorted(forms, key=len, reverse=True))
+    pattern = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)")
+    return lambda text: pattern.sub("(removed)", text)
 
 
 def _next_name(file: str) -> str:

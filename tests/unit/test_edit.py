@@ -20,12 +20,13 @@ from lce_dist.keys import hash_keys
 from pipelines.edit import remove
 from pipelines.importing import ImportSettings
 from pipelines.manifest import PackedDataset, Quarantined, read_quarantine, write_quarantine
+from pipelines.members import in_samples, member_bytes, read_members
 from pipelines.merging import merge, read_identity_map
 from pipelines.pack import pack_images
 from pipelines.reading import ShardReader
 from pipelines.sidecars import write_sidecars
 from pipelines.verify import verify
-from tests.unit.test_verify import jpeg
+from tests.unit.test_verify import jpeg, sign_again
 
 SHARD_BYTES = 22_000  # three or four images
 SETTINGS = ImportSettings("both", SHARD_BYTES, images=None)
@@ -162,6 +163,60 @@ def test_what_is_removed_is_gone_and_the_rest_is_as_it_was(faces: Path) -> None:
     assert len(kept) == len(stamps) - 2  # the others are the same files; the rewritten ones have other names
     assert all((faces / name).stat().st_ino == stamps[name][0] for name in kept)
     assert listed(faces.parent) == ["faces"]
+
+
+def test_images_that_the_index_gives_to_another_go_with_who_is_in_their_id(faces: Path) -> None:
+    """A label finding: .id says zoe-private, the index ann; in a shard of hers, and in one that holds nobody else's."""
+    dataset = PackedDataset.open(faces)
+    shards = dataset.index["shard"]
+    hers = np.flatnonzero(dataset.index["label"] == 1).tolist()
+    ann = np.flatnonzero(dataset.index["label"] == 0).tolist()
+    beside = next(sample for sample in ann if shards[sample] in shards[hers])
+    alone = next(sample for sample in ann[::-1] if shards[sample] not in shards[hers])
+    unindexed = next(n for n in range(dataset.num_samples) if shards[n] not in [*shards[hers], shards[alone]])
+    for sample in (beside, alone, unindexed):
+        rename_id(dataset, sample, "zoe-private")
+    kept = [n for n in range(dataset.num_samples) if n not in (*hers, beside, alone, unindexed)]
+    sign_again(faces, lambda index, keys: None)
+    assert {one.kind for one in verify(faces, num_workers=1).open_findings} == {"label"}
+    payloads = [one.tobytes() for one in ShardReader(PackedDataset.open(faces)).read(np.array(kept))]
+    done = remove(faces, ["zoe-private"], [])
+    assert (done.num_samples, done.num_rewritten) == (5, len({*shards[hers], shards[alone], shards[unindexed]}))
+    assert holds(faces.parent, "zoe-private") == []
+    new = PackedDataset.open(faces)
+    assert [one.tobytes() for one in ShardReader(new).read(np.arange(new.num_samples))] == payloads
+    assert verify(faces, num_workers=1).findings == ()
+
+
+def test_who_is_in_no_index_but_in_an_id_can_be_removed(faces: Path) -> None:
+    rename_id(PackedDataset.open(faces), 0, "eve")
+    sign_again(faces, lambda index, keys: None)
+    assert remove(faces, ["eve"], []).num_samples == 1
+    assert holds(faces.parent, "eve\0") == []
+
+
+def test_reasons_of_those_who_stay_do_not_name_them_any_more(faces: Path) -> None:
+    key = PackedDataset.open(faces).sample_key(9)
+    reason = "label: the index says 'zz' (label 2); .cls says 'zoe-private', as in ann/0.jpg; not zoe-privately, zoe-private/1"
+    write_quarantine(faces, [Quarantined(9, key, reason)])
+    remove(faces, ["zoe-private"], ["ann/0.jpg"])
+    (left,) = read_quarantine(faces, 16 - 3)
+    expected = (
+        "label: the index says 'zz' (label 2); .cls says '(removed)', as in (removed); not zoe-privately, (removed)/1"
+    )
+    assert left.reason == expected
+
+
+def rename_id(dataset: PackedDataset, sample: int, identity: str) -> None:
+    """Write another .id beside an image."""
+    row = dataset.index[sample]
+    path = dataset.shard_path(int(row["shard"]))
+    tar = bytearray(path.read_bytes())
+    (members,) = [one for one in in_samples(read_members(bytes(tar))) if row["offset"] in [two.offset for two in one]]
+    (said,) = [one for one in members if one.ending == "id"]
+    new = member_bytes(said.name, identity.encode())
+    tar[said.offset - 512 : said.offset + 512] = new
+    path.write_bytes(tar)
 
 
 def test_files_for_other_readers_do_not_stay_behind(faces: Path) -> None:
