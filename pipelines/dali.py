@@ -19,6 +19,7 @@ from nvidia.dali.pipeline import do_not_convert
 
 from lce_dist.config import AugmentConfig
 from pipelines.augment import AugmentTable
+from pipelines.jpeg import MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +31,10 @@ class EncodedBatch:
 
 
 def header_problem(encoded: npt.NDArray[np.uint8]) -> str | None:
-    """Why DALI's parser does not get as far as an image's size; None when it does. Two microseconds.
+    """Why DALI's parser does not get as far as an image's size, or what is wrong with that; None for nothing. Two microseconds.
 
     What it refuses must not get into a pipeline: with nvImageCodec 0.9 such an image in a batch of 32 or more ends the process.
+    Nor must what importing refuses for its size: DALI takes three bytes a pixel that a header claims.
     """
     if len(encoded) == 0:
         return "it has no bytes"
@@ -41,7 +43,11 @@ def header_problem(encoded: npt.NDArray[np.uint8]) -> str | None:
         height, width = parsed.height, parsed.width
     except (RuntimeError, ValueError) as error:
         return f"its header cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    return None if height > 0 and width > 0 else f"its header says {width} x {height} pixels"
+    if height <= 0 or width <= 0:
+        return f"its header says {width} x {height} pixels"
+    if height * width > MAX_IMAGE_PIXELS:
+        return f"its header says {width} x {height} pixels; must be at most {MAX_IMAGE_PIXELS} in all"
+    return None
 
 
 class DecodeFailureError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from lce_dist.config import AugmentConfig
 from lce_dist.errors import DataError
 from pipelines import reading
 from pipelines.augment import AugmentTable, identity_table
-from pipelines.dali import Decoder, EncodedBatch
+from pipelines.dali import Decoder, EncodedBatch, header_problem
 from pipelines.manifest import PackedDataset, View
 from pipelines.order import EpochOrder, rank_rows
 from pipelines.pack import pack_images
@@ -487,13 +488,31 @@ def test_an_image_that_only_dali_refuses_is_named(own_view: View) -> None:
         read(own_view, planned(5), None)
 
 
+def claiming(payload: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose header says another size."""
+    at = payload.index(b"\xff\xc0") + 5
+    return payload[:at] + struct.pack(">HH", height, width) + payload[at + 4 :]
+
+
 HARMS: dict[str, Callable[[bytes], bytes]] = {
     "junk": lambda b: b"no image at all, ".ljust(len(b), b"."),
     "zeros": lambda b: bytes(len(b)),
     "html": lambda b: b"<html>404</html>".ljust(len(b)),
     "cut in its header": lambda b: b[:200] + bytes(len(b) - 200),
+    "of too many pixels": lambda b: claiming(b, 30_000, 30_000),
     "cut in its body": lambda b: b[: len(b) // 2] + bytes(len(b) - len(b) // 2),
 }
+
+
+def test_what_importing_refuses_for_its_size_does_not_get_to_dali() -> None:
+    payload = jpeg(photo(1))
+    most = 64 * 2**20
+    for width, height, problem in (
+        (8192, 8192, None),
+        (8193, 8192, f"its header says 8193 x 8192 pixels; must be at most {most} in all"),
+        (30_000, 30_000, f"its header says 30000 x 30000 pixels; must be at most {most} in all"),
+    ):
+        assert header_problem(np.frombuffer(claiming(payload, width, height), dtype=np.uint8)) == problem
 
 
 def in_a_large_batch(folder: Path, bad: list[int], skips: bool, ranks: int) -> list[list[int]]:
