@@ -124,7 +124,9 @@ def _import(arguments: argparse.Namespace) -> None:
         imported = _index(arguments, tars, settings, num_workers, console)
     else:
         with bar(console, _LOOKING, "records") as looking:
-            source, notes = open_source(arguments.source, kind, options, lambda done, of: looking.show(done, of))
+            source, notes = open_source(
+                arguments.source, kind, options, lambda done, of: looking.show(done, of), settings.skip_bad
+            )
         for note in notes:
             console.print(note, highlight=False, soft_wrap=True)
         with bar(console, "importing", "images") as importing:

@@ -64,7 +64,8 @@ class _Folder:
     others: list[str]
 
 
-def _walk(source: Path) -> Iterator[_Folder]:
+def _walk(source: Path, skip_bad: bool = False) -> Iterator[_Folder]:
+    """Errors: DataError for a file that cannot be looked at, such as a link to nothing; with ``skip_bad`` reading it is the error."""
     seen = set()
     for directory, subdirectories, files in os.walk(source, followlinks=True):
         place = Path(directory).resolve()
@@ -77,9 +78,13 @@ def _walk(source: Path) -> Iterator[_Folder]:
             if _is_image(file):
                 try:
                     status = (Path(directory) / file).stat()
+                    images.append((file, status.st_size, status.st_mtime_ns))
                 except OSError as error:
-                    raise DataError(f"image {directory}/{file} cannot be read ({error.strerror}); remove it") from None
-                images.append((file, status.st_size, status.st_mtime_ns))
+                    if not skip_bad:
+                        raise DataError(
+                            f"image {directory}/{file} cannot be read ({error.strerror}); remove it"
+                        ) from None
+                    images.append((file, 0, 0))
             elif not _is_hidden(file):
                 others.append(file)
         yield _Folder(Path(directory).relative_to(source).as_posix(), images, others)
@@ -135,12 +140,19 @@ def _zip_tree(source: Path, archive: zipfile.ZipFile) -> Tree:
 
 def images_by_identity(source: Path, tree: Tree) -> list[tuple[str, str]]:
     """(identity key, path) of every image, sorted; a folder without images, below it or in it, is an error."""
-    _refuse_empty(source, tree.images, tree.folders)
+    _check_folders(source, tree.images, tree.folders, False)
+    return _by_identity(tree)
+
+
+def _by_identity(tree: Tree) -> list[tuple[str, str]]:
     return sorted((PurePosixPath(path).parent.as_posix(), path) for path in tree.images)
 
 
-def _refuse_empty(source: Path, images: Sequence[str], folders: Sequence[str]) -> None:
-    """``images``: of each folder that has any one is enough."""
+def _check_folders(source: Path, images: Sequence[str], folders: Sequence[str], skip_bad: bool) -> tuple[str, ...]:
+    """The folders without images, below them or in them, which are an error unless ``skip_bad``.
+
+    images: of each folder that has any one is enough. Errors: DataError, also for images in no folder.
+    """
     filled = {"."}
     for path in images:
         folder = PurePosixPath(path).parent
@@ -150,9 +162,12 @@ def _refuse_empty(source: Path, images: Sequence[str], folders: Sequence[str]) -
     for path in images:
         if "/" not in path:
             raise DataError(f"image {source}/{path} lies in no sub-folder; its folder names the identity. Move it")
-    for empty in folders:
-        if empty not in filled:
-            raise DataError(f"folder {source}/{empty} holds no images (an empty class); fill or remove it")
+    empty = tuple(folder for folder in folders if folder not in filled)
+    if empty and not skip_bad:
+        raise DataError(
+            f"folder {source}/{empty[0]} holds no images (an empty class); fill or remove it. Importing passes it over with --bad skip"
+        )
+    return empty
 
 
 def _is_image(name: str) -> bool:
@@ -178,6 +193,7 @@ class FileSource:
     group_N: None = None
     in_order: bool = False
     others: Mapping[str, int] = field(default_factory=dict)  # files that were passed over, by ending
+    empty: tuple[str, ...] = ()  # folders without images, likewise
 
     def expect(self, numbers: Int64Array) -> None:
         pass
@@ -220,6 +236,7 @@ class ZipSource:
     in_order: bool = False
     files: OpenFiles = field(default_factory=OpenFiles)
     others: Mapping[str, int] = field(default_factory=dict)
+    empty: tuple[str, ...] = ()
 
     def expect(self, numbers: Int64Array) -> None:
         pass
@@ -252,17 +269,19 @@ class ZipSource:
         return DataError(f"archive {self.archive} cannot give {self.paths[number]} ({why}); make it anew")
 
 
-def open_folder(source: Path) -> FileSource | ZipSource:
+def open_folder(source: Path, skip_bad: bool = False) -> FileSource | ZipSource:
     """A folder, or a .zip of one, in which every folder that holds images is an identity; its relative path is the key.
 
+    With ``skip_bad`` folders without images are passed over, and files that are gone are left to who reads them.
     Errors: DataError naming the file, the rule and the fix. **Memory**: three times what the paths take and 32 bytes an image;
     of an archive 900 bytes an image, most of them its own list.
     """
     if source.is_dir():
-        return _open_files(source)
+        return _open_files(source, skip_bad)
     with open_tree(source) as tree:
         assert tree.members is not None, "a folder is no archive"
-        listed = images_by_identity(source, tree)
+        empty = _check_folders(source, tree.images, tree.folders, skip_bad)
+        listed = _by_identity(tree)
         members = [tree.members[path] for _, path in listed]
         for member in members:
             if member.flag_bits & _ENCRYPTED or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -286,10 +305,11 @@ def open_folder(source: Path) -> FileSource | ZipSource:
             crc_N.astype(np.uint32),
             np.array([member.compress_type == zipfile.ZIP_DEFLATED for member in members]),
             others=count_endings(_others_in(source)),
+            empty=empty,
         )
 
 
-def _open_files(source: Path) -> FileSource:
+def _open_files(source: Path, skip_bad: bool) -> FileSource:
     """Folder by folder, in the order of the folders' paths: nothing of an image is a Python object for long."""
     paths, sizes, times = TextsInProgress(), array("q"), array("q")
     keys: list[str] = []
@@ -297,7 +317,7 @@ def _open_files(source: Path) -> FileSource:
     folders: list[str] = []
     some_image: list[str] = []
     others: Counter[str] = Counter()
-    for folder in _walk(source):
+    for folder in _walk(source, skip_bad):
         folders.append(folder.path)
         others += Counter(count_endings(folder.others))
         if folder.images:
@@ -309,7 +329,7 @@ def _open_files(source: Path) -> FileSource:
                 paths.add(prefix + name)
                 sizes.append(size)
                 times.append(time_ns)
-    _refuse_empty(source, some_image, folders)
+    empty = _check_folders(source, some_image, folders, skip_bad)
     order = sorted(range(len(keys)), key=keys.__getitem__)  # by whole paths: "a b" before "a/b"
     identities = [keys[place] for place in order]
     check_identities(identities)
@@ -331,6 +351,7 @@ def _open_files(source: Path) -> FileSource:
         str(source),
         texts,
         others=dict(others),
+        empty=empty,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,18 +120,23 @@ def find_format(source: Path) -> str:
 
 
 def open_source(
-    source: Path, kind: str, options: SourceOptions, progress: Callable[[int, int], None] | None = None
+    source: Path,
+    kind: str,
+    options: SourceOptions,
+    progress: Callable[[int, int], None] | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Source, list[str]]:
     """The images of ``source``, of any format but webdataset's, and notes about it.
 
+    skip_bad: files that are gone and folders without images do not stop it.
     Errors: DataError and ConfigError, naming the file, the rule and the fix.
     """
     refuse_foreign(kind, options)
     if kind in ("folder", "zip"):
         from pipelines.folders import open_folder
 
-        found = open_folder(source)
-        return found, _passed_over(found.others)
+        found = open_folder(source, skip_bad)
+        return found, [*_passed_over(found.others), *_passed_over_empty(found.empty)]
     if kind == "recordio":
         from pipelines.recordio import open_records
 
@@ -145,7 +150,8 @@ def open_source(
         from pipelines.tables import open_csv
 
         path = _only(source, ".csv") if source.is_dir() else source
-        return open_csv(path, options.root, options.image_column or "path", options.label_column or "identity"), []
+        columns = options.image_column or "path", options.label_column or "identity"
+        return open_csv(path, options.root, *columns, skip_bad), []
     if kind == "pairs":
         return open_pairs(source), []
     raise ConfigError(f"--format is {kind!r}; must be one of {', '.join(FORMATS)}")
@@ -157,6 +163,13 @@ def _passed_over(others: Mapping[str, int]) -> list[str]:
     most = sorted(others.items(), key=lambda one: (-one[1], one[0]))
     shown = ", ".join(f"{ending} ({count:,})" for ending, count in most[:6]) + (", ..." if len(most) > 6 else "")
     return [f"{sum(others.values()):,} files that are no images were passed over: {shown}"]
+
+
+def _passed_over_empty(empty: Sequence[str]) -> list[str]:
+    if not empty:
+        return []
+    shown = ", ".join(empty[:6]) + (", ..." if len(empty) > 6 else "")
+    return [f"{len(empty):,} folders without images were passed over: {shown}"]
 
 
 def files_below(source: Path, suffix: str) -> list[Path]:

@@ -224,8 +224,13 @@ def check_identities(identities: Sequence[str]) -> None:
     if list(identities) != sorted(set(identities)):
         raise DataError(f"the {len(identities)} identity keys must be sorted and unique; sort them")
     for key in identities:
-        if not key or any(unicodedata.category(character) in ("Cc", "Cs") for character in key):
+        if not is_identity(key):
             raise DataError(f"identity key {key!r} must be UTF-8 text without control characters; rename its folder")
+
+
+def is_identity(key: str) -> bool:
+    """Whether it is text that a list of keys can hold: no control characters, no half of a surrogate pair."""
+    return bool(key) and not any(unicodedata.category(character) in ("Cc", "Cs") for character in key)
 
 
 def already_packed(out: Path, source: str) -> PackedDataset | None:

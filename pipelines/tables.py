@@ -19,11 +19,16 @@ from pipelines.order import Int64Array
 
 
 def open_csv(
-    path: Path, root: Path | None = None, image_column: str = "path", label_column: str = "identity"
+    path: Path,
+    root: Path | None = None,
+    image_column: str = "path",
+    label_column: str = "identity",
+    skip_bad: bool = False,
 ) -> FileSource:
     """Image files that a table lists, below ``root`` (its own folder when None).
 
-    Errors: DataError for a missing column, file or value, and for a path that leaves ``root``.
+    Errors: DataError for a missing column or value, for a path that leaves ``root``, and for a missing file, unless
+    ``skip_bad``: then reading it is the error.
     """
     root = path.parent if root is None else root
     try:
@@ -54,7 +59,12 @@ def open_csv(
         try:
             status = (root / text).stat()
         except OSError as error:
-            raise DataError(f"{path}: image {root / text} of row {row + 1} cannot be read ({error.strerror})") from None
+            if skip_bad:
+                continue
+            raise DataError(
+                f"{path}: image {root / text} of row {row + 1} cannot be read ({error.strerror}). With --bad skip such images "
+                "are left out and listed"
+            ) from None
         size_N[row], time_N[row] = status.st_size, status.st_mtime_ns
     texts = Texts.of(relative)
     stamp = digest("csv", texts.blob_B, texts.end_N, size_N, time_N, label_N, identities.blob_B)

@@ -21,7 +21,7 @@ import numpy as np
 from lce_dist.errors import ConfigError, DataError
 from lce_dist.keys import hash_keys
 from pipelines.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, NOT_IN_TRAINING
-from pipelines.importable import Texts, digest, file_stamp, label_coded, look_sorted, number_key
+from pipelines.importable import Texts, digest, file_stamp, is_identity, label_coded, look_sorted, number_key
 from pipelines.importing import (
     Imported,
     ImportSettings,
@@ -306,7 +306,7 @@ def _identity(place: str, contents: mmap.mmap, sample: Sequence[Member], rule: L
         folder = _key(sample[0]).rpartition("/")[0]
         if not folder:
             raise DataError(f"{where} lies in no folder; the first one does, and its folder names the identity")
-        return folder
+        return _as_identity(where, folder)
     member = next((one for one in sample if one.ending == rule.kind), None)
     if member is None:
         raise DataError(f"{where} has no .{rule.kind}; {rule.why}")
@@ -334,7 +334,13 @@ def _identity(place: str, contents: mmap.mmap, sample: Sequence[Member], rule: L
         )
     if not isinstance(value, str) or not value:
         raise DataError(f"{where} has the identity {value!r}; must be text or a whole number from 0")
-    return value
+    return _as_identity(where, value)
+
+
+def _as_identity(where: str, key: str) -> str:
+    if not is_identity(key):
+        raise DataError(f"{where} has the identity {key!r}; must be UTF-8 text without control characters")
+    return key
 
 
 def _hash(hashed: hashlib._Hash, contents: mmap.mmap, first: int, end: int) -> None:

@@ -276,6 +276,33 @@ def test_bad_images_are_left_out_and_listed_and_so_is_who_has_no_other(
     assert len(samples) == dataset.num_samples == 26 + 1 - 6
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_links_to_nothing_and_empty_folders_follow_the_policy(
+    tree: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, broken = tree, kind == "folder"
+    (tree / "nobody" / "inside").mkdir(parents=True)
+    if broken:
+        (tree / "solo" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    else:
+        source = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", tree))
+    arguments = ["data", "import", str(source), str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 2
+    expected = "gone.jpg cannot be read" if broken else "nobody holds no images (an empty class)"
+    assert expected in capsys.readouterr().err
+    assert main([*arguments, "--bad", "skip"]) == 0
+    told = capsys.readouterr().out
+    assert (
+        "27 images of 4 identities" in told
+        and "2 folders without images were passed over: nobody, nobody/inside" in told
+    )
+    assert ("1 left out" in told) is broken
+    if broken:
+        with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+            ((name, identity, reason),) = list(csv.reader(file))[1:]
+        assert (name, identity) == ("solo/gone.jpg", "solo") and "No such file" in reason
+
+
 def test_another_process_with_the_same_output_is_told(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

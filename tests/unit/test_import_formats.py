@@ -593,6 +593,49 @@ def test_pair_files_and_their_list_for_evaluate(tmp_path: Path) -> None:
     ]
 
 
+def test_a_file_of_a_table_that_is_gone_follows_the_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(IMAGES[number])
+    listed = tmp_path / "list.csv"
+    listed.write_text("path,identity\n0.jpg,a\n1.jpg,a\ngone.jpg,b\n2.jpg,c\nalso/gone.jpg,a\n")
+    arguments = ["data", "import", str(listed), str(tmp_path / "out"), "--workers", "1"]
+    assert main(arguments) == 2
+    assert "gone.jpg of row 3 cannot be read (No such file or directory). With --bad skip" in capsys.readouterr().err
+    assert main([*arguments, "--bad", "skip"]) == 0
+    assert contents(PackedDataset.open(tmp_path / "out")) == {IMAGES[0]: "a", IMAGES[1]: "a", IMAGES[2]: "c"}
+    with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[:2] for row in rows] == [["also/gone.jpg", "a"], ["gone.jpg", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("id", b"an\x07na"),
+        ("id", b"an\nna"),
+        ("cls", b"a\x7fb"),
+        ("json", b'{"label": "\\ud800"}'),
+        ("json", b'{"label": "a\\u0000"}'),
+    ],
+)
+def test_identities_that_no_list_can_hold_follow_the_policy(
+    tmp_path: Path, kind: str, said: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A control character was told when all tars were read; half of a surrogate pair ended the worker."""
+    good = {"id": b"ben", "cls": b"ben", "json": b'{"label": "ben"}'}[kind]
+    for number, text in enumerate((good, said)):
+        members = [(f"{number}.{kind}", text), (f"{number}.jpg", IMAGES[number])]
+        tar_of(tmp_path / "s" / f"{number}.tar", [*members, (f"x{number}.{kind}", good), (f"x{number}.jpg", IMAGES[5])])
+    arguments = ["data", "import", str(tmp_path / "s"), str(tmp_path / "out"), "--workers", "2"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "1.tar:1 at byte" in error and "must be UTF-8 text without control characters. With --bad skip" in error
+    assert main([*arguments, "--bad", "skip"]) == 0
+    dataset = PackedDataset.open(tmp_path / "out")
+    assert (dataset.num_samples, dataset.identities) == (3, ("ben",))
+    assert (tmp_path / "out" / "skipped.csv").read_text().splitlines()[1].startswith("1.tar/1.jpg,,")
+
+
 def test_formats_are_found_out(tmp_path: Path) -> None:
     for name, kind in (
         ("a.zip", "zip"),
