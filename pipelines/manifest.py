@@ -417,7 +417,7 @@ def is_url(root: str | None) -> bool:
 def fetch_description(url: str, folder: Path) -> Path:
     """Everything of the packed data set at ``url`` but its shards, brought into a folder below ``folder``; the folder.
 
-    What is there already and has not changed is kept. Errors: DataError.
+    What is there already and has not changed is kept. Errors: DataError, also for shards in a folder outside of ``url``.
     """
     source = Source(url)
     text = source.read(MANIFEST_FILE)
@@ -431,6 +431,11 @@ def fetch_description(url: str, folder: Path) -> Path:
             f"{url}/{MANIFEST_FILE} is damaged ({str(error).splitlines()[0]}); restore it or pack again"
         ) from None
     root = manifest.root
+    if root is not None and not is_url(root) and (root.startswith("/") or ".." in root.split("/")):
+        raise DataError(
+            f"{url} has its shards at {root!r}, a folder of the machine that indexed them; must be below it, or a URL. Upload the "
+            f'tars, and write where they are as "root" into {url.rstrip("/")}/{MANIFEST_FILE} (its fingerprint leaves that out)'
+        )
     if not is_url(root):
         root = url.rstrip("/") if root in (None, "", ".") else f"{url.rstrip('/')}/{root}"
     name = hashlib.sha256(f"{url.rstrip('/')} {manifest.fingerprint}".encode()).hexdigest()[:16]

@@ -31,12 +31,14 @@ from lce_dist.errors import DataError
 from lce_dist.world import World
 from pipelines import sources
 from pipelines.cache import CacheSettings, RemoteShard, ShardCache
+from pipelines.importing import ImportSettings
 from pipelines.manifest import PackedDataset, Quarantined, fetch_description, shard_edges, write_quarantine
 from pipelines.order import BlockOrder, EpochOrder
 from pipelines.pack import pack_images
 from pipelines.reading import ShardReader
 from pipelines.sources import Source
 from pipelines.stream import ImageStream, training_plan
+from pipelines.tars import index_tars
 from tests.integration.conftest import CANARY
 
 
@@ -189,6 +191,26 @@ def test_a_description_is_fetched_once_and_its_quarantine_every_time(faults, pac
     assert len(PackedDataset.open(fetch_description(URL, tmp_path)).quarantined) == 0
     with pytest.raises(DataError, match=r"s3://faces/nothing has no manifest.json; packing writes it last"):
         fetch_description("s3://faces/nothing", tmp_path)
+
+
+def test_indexed_tars_need_a_root_that_is_a_url(packed, tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for path in packed.glob("*.tar"):
+        (tars / path.name).write_bytes(path.read_bytes())
+    index_tars(sorted(tars.glob("*.tar")), tars, tmp_path / "faces", ImportSettings(), 1)
+    url, manifest = f"file://{tmp_path}/faces", tmp_path / "faces" / "manifest.json"
+    text = manifest.read_text()
+    for root in ("../tars", str(tars), "below/../../tars"):
+        manifest.write_text(text.replace('"../tars"', f'"{root}"'))
+        with pytest.raises(DataError, match=rf'faces has its shards at .*{root}.*write where they are as "root" into'):
+            fetch_description(url, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    manifest.write_text(text.replace('"../tars"', f'"file://{tars}"'))
+    remote = PackedDataset.open(fetch_description(url, tmp_path / "cache"), CacheSettings(tmp_path / "s", 1.0))
+    ids = np.arange(remote.num_samples)
+    ours, theirs = (ShardReader(one).read(ids) for one in (remote, PackedDataset.open(packed)))
+    assert [one.tobytes() for one in ours] == [one.tobytes() for one in theirs]
 
 
 @pytest.mark.parametrize("fault", ["503", "500s of all kinds", "cut", "wrong bytes", "slow"])
