@@ -9,9 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import BlockOrder, EpochOrder, permute, permute_each, rank_slice
+from lce_dist.config import load_config
+from lce_dist.errors import ConfigError
+from lce_dist.training.plan import plan_stage
+from pipelines.order import BlockOrder, EpochOrder, Order, permute, permute_each, rank_slice
 from pipelines.sampling import BalancedOrder, ImagesOfClasses, PKOrder
 from pipelines.stream import training_plan
+from tests.unit.test_config import QUICKSTART
 
 
 @given(st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 2**63)), min_size=1, max_size=8), st.data())
@@ -151,6 +155,95 @@ def test_any_number_of_ranks_from_any_step(kind):
             assert [len(part) for part in parts] == list(plans[0][number].rows_per_rank)
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert rank_slice(24, 0, 3) == slice(0, 8)
+
+
+KINDS = ("epoch", "blocks", "balanced", "pk")
+
+
+@st.composite
+def orders(draw, kind: str) -> tuple[Order, np.ndarray, int]:
+    """An order of that kind over a few classes, each sample's class, and its global batch."""
+    sizes = draw(st.lists(st.integers(1, 9), min_size=2, max_size=12))
+    images, label_N = images_of(sizes)
+    batch, seed, samples = draw(st.integers(1, 64)), draw(st.integers(0, 2**31)), len(label_N)
+    if kind == "epoch":
+        return EpochOrder(samples, batch, seed), label_N, batch
+    if kind == "blocks":
+        inner = draw(st.sets(st.integers(1, samples - 1), max_size=8))
+        edges = np.array([0, *sorted(inner), samples])
+        return BlockOrder(edges, batch, seed, draw(st.integers(1, 9)), draw(st.integers(1, 5))), label_N, batch
+    if kind == "balanced":
+        return BalancedOrder(images, batch, seed), label_N, batch
+    per_identity = draw(st.integers(1, 5))
+    batch = per_identity * draw(st.integers(1, len(sizes)))
+    return PKOrder(images, batch, seed, per_identity), label_N, batch
+
+
+def of_ranks(order: Order, ranks: int, first: int, last: int) -> list[list[np.ndarray]]:
+    """What each rank gets in each step: (steps, ranks)."""
+    plans = [list(training_plan(order, rank, ranks, first, last)) for rank in range(ranks)]
+    assert {len(plan) for plan in plans} == {last - first}, "all ranks take the same steps"
+    for step in zip(*plans, strict=True):
+        assert {(one.epoch, one.rows_per_rank) for one in step} == {(step[0].epoch, step[0].rows_per_rank)}
+        assert tuple(len(one.positions) for one in step) == step[0].rows_per_rank
+    return [[one.positions for one in step] for step in zip(*plans, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), ranks=st.integers(1, 16), others=st.integers(1, 16))
+@settings(deadline=None, max_examples=40)
+def test_ranks_of_any_number_share_each_epoch_exactly_and_any_other_number_goes_on(kind, data, ranks, others):
+    order, label_N, batch = data.draw(orders(kind))
+    epoch, samples = order.steps_per_epoch, len(label_N)
+    cut = data.draw(st.integers(0, 2 * epoch))
+    steps = [*of_ranks(order, ranks, 0, cut), *of_ranks(order, others, cut, 2 * epoch)]
+    for step in steps:
+        sizes = [len(part) for part in step]
+        assert max(sizes) - min(sizes) <= 1 and min(sizes) == sum(sizes) // len(sizes), "no rank waits for rows"
+    whole = [np.concatenate(step) for step in steps]
+    assert all(step.tolist() == order.batch(number).tolist() for number, step in enumerate(whole))
+    drawn = [np.concatenate(whole[at : at + epoch]) for at in (0, epoch)]
+    if kind in ("epoch", "blocks"):
+        assert all(sorted(one.tolist()) == list(range(samples)) for one in drawn)
+        return
+    assert {len(step) for step in whole} == {batch}
+    both = label_N[np.concatenate(drawn)]
+    num_classes = int(label_N.max()) + 1
+    if kind == "balanced":  # every class in its turn, and every image of it before one again
+        counts = np.bincount(both, minlength=num_classes)
+        assert counts.max() - counts.min() <= 1
+        times = np.bincount(np.concatenate(drawn), minlength=samples)
+        for label in range(num_classes):
+            assert np.ptp(times[label_N == label]) <= 1
+        return
+    identities = batch // order.images_per_identity
+    for first in range(0, len(whole), num_classes // identities):  # a round: nobody twice
+        people = label_N[np.concatenate(whole[first : first + num_classes // identities])]
+        assert set(np.unique(people, return_counts=True)[1].tolist()) == {order.images_per_identity}
+
+
+QUICK = load_config(QUICKSTART)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data(), ranks=st.integers(1, 16))
+@settings(deadline=None, max_examples=60)
+def test_a_batch_that_would_starve_a_rank_is_refused_before_the_run(kind, data, ranks):
+    """Fewer rows than ranks, rows that do not divide, fewer than two a rank in the smallest batch of an epoch."""
+    order, label_N, batch = data.draw(orders(kind))
+    config = QUICK.model_copy(update={"optim": QUICK.optim.model_copy(update={"global_batch": batch})})
+    smallest = len(label_N) // order.steps_per_epoch
+    try:
+        plan = plan_stage(config, len(label_N), 2, 1.0, ranks)
+    except ConfigError as error:
+        if batch < ranks or batch % ranks:
+            assert f"optim.global_batch is {batch}; must be a multiple of ranks" in str(error)
+        else:
+            assert smallest // ranks < 2 and f"leaves {smallest // ranks} images a micro-batch" in str(error)
+        return
+    assert batch >= 2 * ranks and plan.steps_per_epoch == order.steps_per_epoch
+    for step in of_ranks(order, ranks, 0, order.steps_per_epoch):
+        assert min(len(part) for part in step) >= 2
 
 
 def test_a_billion_samples_take_no_memory():
