@@ -64,10 +64,15 @@ class _Folder:
     others: list[str]
 
 
+def refuse_folder(error: OSError) -> None:
+    """For ``os.walk``, which passes over what it cannot list. Errors: DataError."""
+    raise DataError(f"folder {error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")
+
+
 def _walk(source: Path, skip_bad: bool = False) -> Iterator[_Folder]:
     """Errors: DataError for a file that cannot be looked at, such as a link to nothing; with ``skip_bad`` reading it is the error."""
     seen = set()
-    for directory, subdirectories, files in os.walk(source, followlinks=True):
+    for directory, subdirectories, files in os.walk(source, onerror=refuse_folder, followlinks=True):
         place = Path(directory).resolve()
         if place in seen:
             raise DataError(f"folder {directory} is a link back to a folder already read; remove it")

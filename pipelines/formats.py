@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lce_dist.errors import ConfigError, DataError
+from pipelines.folders import refuse_folder
 from pipelines.importable import Source, Texts, digest, file_stamp
 from pipelines.order import Int64Array
 from pipelines.pairs import PAIRS_FILE, PairBin, read_pair_bin
@@ -178,7 +179,7 @@ def files_below(source: Path, suffix: str) -> list[Path]:
         return [source]
     found = sorted(
         Path(directory) / file
-        for directory, folders, files in os.walk(source)
+        for directory, _, files in os.walk(source, onerror=refuse_folder)
         for file in files
         if file.lower().endswith(suffix) and not file.startswith(".")
     )

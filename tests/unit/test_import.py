@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,6 +17,7 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +181,7 @@ def test_a_damaged_member_of_an_archive_is_named(tree: Path, tmp_path: Path) -> 
 _RUN = """
 import sys
 from pathlib import Path
+from typing import Any
 from pipelines.folders import open_folder
 from pipelines.importing import ImportSettings, import_images
 print("begins", flush=True)
@@ -274,6 +277,21 @@ def test_bad_images_are_left_out_and_listed_and_so_is_who_has_no_other(
     samples = list(webdataset.WebDataset(shards, shardshuffle=False))
     assert [dataset.identities[int(one["cls"])] for one in samples] == [one["id"].decode() for one in samples]
     assert len(samples) == dataset.num_samples == 26 + 1 - 6
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = os.scandir
+
+    def refused(path: str) -> Any:
+        if Path(path).name == "solo":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr("os.scandir", refused)
+    assert main(["data", "import", str(tree), str(tmp_path / "out"), "--workers", "1", "--bad", "skip"]) == 2
+    assert "solo cannot be listed (Permission denied); make it readable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
