@@ -89,7 +89,8 @@ class Contestant:
 INDEPENDENT = Contestant("independent", "none", (("mode", "training-backward"),))
 LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD = "LCE direct", "LCE backward", "LCE forward"
 LCE_DEFAULT = "LCE direct, default weights"
-LCE_PLAIN = "LCE direct, no pair term"
+LCE_PAIRS = "LCE direct, with pairs"
+_PAIR_SHARE = "pair_share"  # of the head's scale, in place of the key pair_weight
 MAP_BACKWARD, MAP_FORWARD = "mapping backward, chosen T", "mapping forward, chosen T"
 # presets, maps that lose to others, and what a term is worth: shown in some scenarios, so that the tuning is paid for
 _FEW = ("extended-class", "open-class", "network: small to large")
@@ -98,7 +99,7 @@ _TRAINED = (
     Contestant(LCE_BACKWARD, "training", (("mode", "training-backward"),), tuned=True),
     Contestant(LCE_FORWARD, "training", (("mode", "training-forward"),), tuned=True),
     Contestant(LCE_DEFAULT, "training", (("mode", "training-direct"),)),
-    Contestant(LCE_PLAIN, "training", (("mode", "training-direct"), ("pair_weight", 0.0)), tuned=True),
+    Contestant(LCE_PAIRS, "training", (("mode", "training-direct"), (_PAIR_SHARE, 1.0 / 8.0)), tuned=True),
     *(
         Contestant(
             f"LCE {manner}, no pair term",
@@ -260,6 +261,8 @@ def _cell(
         return Cell(source.name, scenario, contestant, seed, None, reason, old, independent)
 
     compat = dict(contestant.compat)
+    if _PAIR_SHARE in compat:
+        compat["pair_weight"] = compat.pop(_PAIR_SHARE) * study.budgets[source.name].scale
     weight = study.weights.get((source.name, contestant.name))
     if contestant.tuned and weight is not None:
         compat[contestant.weight_key] = weight

@@ -306,7 +306,7 @@ class CompatConfig(_Section):
     preset: Literal["default", "paper", "reference-code"] = "default"
     align_weight: Annotated[float, Field(ge=0.0)] = 128.0
     boundary_weight: Annotated[float, Field(ge=0.0)] = 4.0
-    pair_weight: Annotated[float, Field(ge=0.0)] = 8.0
+    pair_weight: Annotated[float, Field(ge=0.0)] = 0.0
     boundary: Literal["cos", "angle"] = "cos"
     boundary_policy: Literal["max", "percentile", "iqr"] = "max"
     boundary_percentile: Annotated[float, Field(gt=0.0, le=100.0)] = 95.0
@@ -362,8 +362,7 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
     if mode.startswith("mapping-"):
         return {"align_weight": 1.0, "boundary_weight": 1.0, "pair_weight": 0.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
-    # backward the map goes into the weaker space, and needs more of it (tuning identities, docs/study.md)
-    pair = scale / 4.0 if mode.endswith("-backward") else scale / 8.0
+    pair = 0.0 if mode.endswith("-direct") else scale / (4.0 if mode.endswith("-backward") else 8.0)
     return {"align_weight": align, "boundary_weight": scale / 16.0, "pair_weight": pair}
 
 
