@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -82,6 +83,8 @@ def elastic_drill(folder: Path) -> Elastic:
     for name, changing in (("elastic-calm", False), ("elastic", True)):
         if (folder / "runs" / name / "report.json").exists():
             continue
+        shutil.rmtree(folder / "runs" / name, ignore_errors=True)  # of a drill that was broken off
+        (folder / f"{name}.out").unlink(missing_ok=True)
         with _cluster(4) as nodes:
             words = [sys.executable, "-m", "launch.cli", "job", "--config", "drill.toml", "--name", name]
             words += ["--nodes", "2:4" if changing else "4", "--set", f"new.epochs={EPOCHS}"]
