@@ -89,7 +89,6 @@ class Contestant:
 INDEPENDENT = Contestant("independent", "none", (("mode", "training-backward"),))
 LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD = "LCE direct", "LCE backward", "LCE forward"
 LCE_DEFAULT = "LCE direct, default weights"
-LCE_PAIRS = "LCE direct, with pairs"
 _PAIR_SHARE = "pair_share"  # of the head's scale, in place of the key pair_weight
 MAP_BACKWARD, MAP_FORWARD = "mapping backward, chosen T", "mapping forward, chosen T"
 # presets, maps that lose to others, and what a term is worth: shown in some scenarios, so that the tuning is paid for
@@ -99,15 +98,16 @@ _TRAINED = (
     Contestant(LCE_BACKWARD, "training", (("mode", "training-backward"),), tuned=True),
     Contestant(LCE_FORWARD, "training", (("mode", "training-forward"),), tuned=True),
     Contestant(LCE_DEFAULT, "training", (("mode", "training-direct"),)),
-    Contestant(LCE_PAIRS, "training", (("mode", "training-direct"), (_PAIR_SHARE, 1.0 / 8.0)), tuned=True),
+    # by default one of the two, as the number of classes says
     *(
         Contestant(
-            f"LCE {manner}, no pair term",
+            f"LCE {manner}, {words}",
             "training",
-            (("mode", f"training-{manner}"), ("pair_weight", 0.0)),
+            (("mode", f"training-{manner}"), (_PAIR_SHARE, share)),
             scenarios=_FEW[:1],
         )
-        for manner in ("backward", "forward")
+        for manner, pairs in (("direct", 1.0 / 8.0), ("backward", 1.0 / 4.0), ("forward", 1.0 / 8.0))
+        for words, share in (("pair term", pairs), ("no pair term", 0.0))
     ),
     *(
         Contestant(

@@ -20,7 +20,6 @@ from benchmarks.compatibility_plan import (
     LCE_DEFAULT,
     LCE_DIRECT,
     LCE_FORWARD,
-    LCE_PAIRS,
     MAP_BACKWARD,
     MAP_FORWARD,
     Cell,
@@ -230,7 +229,7 @@ def marks_of(rows: Sequence[Row]) -> list[Mark]:
         if ruler is None or not stronger(ruler):
             continue
         place = f"{source}, {scenario}"
-        for name in (LCE_DIRECT, LCE_PAIRS, LCE_DEFAULT, LCE_BACKWARD, LCE_FORWARD, MAP_BACKWARD, MAP_FORWARD):
+        for name in (LCE_DIRECT, LCE_DEFAULT, LCE_BACKWARD, LCE_FORWARD, MAP_BACKWARD, MAP_FORWARD):
             row = here.get(name)
             if row is None or "lead" not in row.values:
                 continue
@@ -253,9 +252,9 @@ def summary_of(rows: Sequence[Row]) -> str:
             "",
             f"{source}: gained M(n,o) - M(o,o) (kept M(n,n) / M(*,*))",
             "",
-            "| scenario | M(o,o) | M(*,*) | LCE direct | with pairs | its rival that gains most | LCE backward | its rival that gains most | LCE forward | "
+            "| scenario | M(o,o) | M(*,*) | LCE direct | its rival that gains most | LCE backward | its rival that gains most | LCE forward | "
             "T backward | T forward |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for scenario in dict.fromkeys(row.scenario for row in rows if row.source == source):
             here = [row for row in rows if (row.source, row.scenario) == (source, scenario)]
@@ -263,10 +262,10 @@ def summary_of(rows: Sequence[Row]) -> str:
             if ruler is None:
                 continue
             ours = {name: next((_gained(row) for row in here if row.contestant == name), "") for name in _SUMMED}
-            direct, pairs, backward, *others = ours.values()
+            direct, backward, *others = ours.values()
             numbers = [f"{ruler.mean(name):.3f}" for name in ("M(o,o)", "M(*,*)")]
             rivals = [_best_rival(here, manner) for manner in ("direct", "backward")]
-            cells = [*numbers, direct, pairs, rivals[0], backward, rivals[1], *others]
+            cells = [*numbers, direct, rivals[0], backward, rivals[1], *others]
             lines.append(f"| {scenario} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -277,7 +276,7 @@ def _best_rival(here: Sequence[Row], manner: str) -> str:
 
 
 _OURS = (LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD)
-_SUMMED = (LCE_DIRECT, LCE_PAIRS, LCE_BACKWARD, LCE_FORWARD, MAP_BACKWARD, MAP_FORWARD)
+_SUMMED = (LCE_DIRECT, LCE_BACKWARD, LCE_FORWARD, MAP_BACKWARD, MAP_FORWARD)
 
 
 def _gained(row: Row) -> str:

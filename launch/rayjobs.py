@@ -16,6 +16,8 @@ from launch.kubectl import kubectl, kubectl_program, last_line
 from lce_dist.errors import Interrupted, LceError, RunError, SetupError
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_UID_LABEL = "kueue.x-k8s.io/job-uid"  # Kueue's, on the Workload that it makes of a job
+_STOPPED = "lce-dist/stopped"  # an annotation: a queue holds a job suspended while it waits, too
 FAILED = ("Failed", "ValidationFailed")
 ENDED = (*FAILED, "Complete")
 _WAIT_S, _UNANSWERED = 5.0, 12
@@ -109,7 +111,9 @@ def wait_for_job(name: str, namespace: str, with_log: bool, say: Callable[[str],
 
 def _is_queued(job: Mapping[str, Any]) -> bool:
     """Whether it is a queue that holds the job suspended, until all of its pods fit."""
-    return QUEUE_LABEL in job["metadata"].get("labels", {}) and job.get("status", {}).get("jobStatus") != "STOPPED"
+    metadata = job["metadata"]
+    in_queue = QUEUE_LABEL in metadata.get("labels", {}) and _STOPPED not in metadata.get("annotations", {})
+    return in_queue and job.get("status", {}).get("jobStatus") != "STOPPED"
 
 
 def _raise_unless_done(job: str, state: str, status: Mapping[str, Any]) -> None:
@@ -129,17 +133,50 @@ def _show_log(arguments: list[str]) -> None:
 
 
 def stop_job(name: str, namespace: str) -> None:
-    """Suspend the RayJob: its pods save a checkpoint and go; what the run has written stays. Errors: SetupError."""
-    suspend = json.dumps({"spec": {"suspend": True}})
-    kubectl(["patch", "rayjobs.ray.io", name, "--namespace", namespace, "--type", "merge", "--patch", suspend])
+    """Suspend the RayJob: its pods save a checkpoint and go; what the run has written stays.
+
+    In a queue its Workload is set inactive instead: Kueue would take a suspended job for one that waits, and start it.
+    Errors: SetupError.
+    """
+    job = json.loads(kubectl(["get", "rayjobs.ray.io", name, "--namespace", namespace, "--output", "json"]))
+    if QUEUE_LABEL in job["metadata"].get("labels", {}):
+        _set_active(job, namespace, False)
+        _patch("rayjobs.ray.io", name, namespace, {"metadata": {"annotations": {_STOPPED: "true"}}})
+    else:
+        _patch("rayjobs.ray.io", name, namespace, {"spec": {"suspend": True}})
+
+
+def _set_active(job: Mapping[str, Any], namespace: str, active: bool) -> None:
+    """Let Kueue run the job, or have it end its pods and keep it out of the queue."""
+    name, selector = job["metadata"]["name"], f"{_UID_LABEL}={job['metadata']['uid']}"
+    asked = ["get", "workloads.kueue.x-k8s.io", "--namespace", namespace, "--selector", selector, "--output", "json"]
+    workloads = json.loads(kubectl(asked))["items"]
+    if not workloads:
+        raise SetupError(
+            f"RayJob {namespace}/{name} is in queue {job['metadata']['labels'][QUEUE_LABEL]!r}, and Kueue has made no Workload "
+            f"of it (yet); try again, or kubectl --namespace {namespace} delete rayjob {name}"
+        )
+    for workload in workloads:
+        _patch("workloads.kueue.x-k8s.io", workload["metadata"]["name"], namespace, {"spec": {"active": active}})
+
+
+def _patch(kind: str, name: str, namespace: str, change: Mapping[str, Any]) -> None:
+    kubectl(["patch", kind, name, "--namespace", namespace, "--type", "merge", "--patch", json.dumps(change)])
 
 
 def resume_job(name: str, namespace: str) -> None:
     """Start a suspended RayJob again; one that has ended is made anew as it was. Errors: SetupError."""
     job = json.loads(kubectl(["get", "rayjobs.ray.io", name, "--namespace", namespace, "--output", "json"]))
-    if job["spec"].get("suspend"):
-        resume = json.dumps({"spec": {"suspend": False}})
-        kubectl(["patch", "rayjobs.ray.io", name, "--namespace", namespace, "--type", "merge", "--patch", resume])
+    annotations = job["metadata"].get("annotations", {})
+    if QUEUE_LABEL in job["metadata"].get("labels", {}):
+        ended = job.get("status", {}).get("jobDeploymentStatus") in ENDED
+        if _STOPPED in annotations and not ended:
+            _patch("rayjobs.ray.io", name, namespace, {"metadata": {"annotations": {_STOPPED: None}}})
+            _set_active(job, namespace, True)
+            return
+        annotations.pop(_STOPPED, None)
+    elif job["spec"].get("suspend"):
+        _patch("rayjobs.ray.io", name, namespace, {"spec": {"suspend": False}})
         return
     status = job.pop("status", {}).get("jobDeploymentStatus", "")
     if status not in ENDED:

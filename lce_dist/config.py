@@ -306,7 +306,7 @@ class CompatConfig(_Section):
     preset: Literal["default", "paper", "reference-code"] = "default"
     align_weight: Annotated[float, Field(ge=0.0)] = 128.0
     boundary_weight: Annotated[float, Field(ge=0.0)] = 4.0
-    pair_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    pair_weight: Annotated[float, Field(ge=0.0)] | None = None
     boundary: Literal["cos", "angle"] = "cos"
     boundary_policy: Literal["max", "percentile", "iqr"] = "max"
     boundary_percentile: Annotated[float, Field(gt=0.0, le=100.0)] = 95.0
@@ -356,14 +356,25 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
     """Default weights of LCE under the head's scale: the slopes of the classification loss grow with it, so must theirs.
 
     Through maps a quarter of the alignment: more of it holds the new rows in the old space's dimensions, for nothing.
-    Chosen by ``benchmarks.compatibility``; the pair term on identities that it does not test on (docs/study.md). Where both models
-    exist there is no such loss: equal weights.
+    Chosen by ``benchmarks.compatibility`` (docs/study.md). Where both models exist there is no such loss: equal weights.
     """
     if mode.startswith("mapping-"):
         return {"align_weight": 1.0, "boundary_weight": 1.0, "pair_weight": 0.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
-    pair = 0.0 if mode.endswith("-direct") else scale / (4.0 if mode.endswith("-backward") else 8.0)
-    return {"align_weight": align, "boundary_weight": scale / 16.0, "pair_weight": pair}
+    return {"align_weight": align, "boundary_weight": scale / 16.0}
+
+
+_PAIR_SHARES: dict[Manner, float] = {"direct": 1.0 / 8.0, "backward": 1.0 / 4.0, "forward": 1.0 / 8.0}
+
+
+def pair_weight_for(scale: float, manner: Manner, num_classes: int, dim: int) -> float:
+    """Default weight of LCE's term between the vectors of one image, where ``compat.pair_weight`` is not set.
+
+    dim: of the longer of the two models' vectors. Fewer centres than dimensions leave directions in which unseen people
+    lie and nothing is aligned: there the images' own vectors say the rest. With more classes the term costs accuracy
+    for nothing (docs/study.md).
+    """
+    return scale * _PAIR_SHARES[manner] if num_classes < dim else 0.0
 
 
 _REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)

@@ -48,7 +48,7 @@ def parts_of(world: World, optim: OptimConfig, head_config: HeadConfig) -> tuple
     own = slice(low, low + rows[world.rank])
     first, last = shard_bounds(CLASSES, world.rank, world.size)
     space = OldSpace(centres[first:last], bound[first:last], torch.ones(last - first), CLASSES, first)
-    method = Lce("direct", COMPAT, space, None, None, 3)
+    method = Lce("direct", COMPAT, space, None, None, 3, 0.0)
     head = build_head(head_config, optim, CLASSES, DIM, 7, world, lambda step: 0.2, method.anchor())
     batch = Batch(images[own], labels[own], torch.arange(own.start, own.stop), rows)
     return Engine(net(), optim, world, method), head, batch

@@ -578,6 +578,7 @@ def test_who_submits_reads_no_secret_and_enters_no_pod(variants: dict[str, str])
             ("rayjobs", verb) for verb in ("get", "list", "create", "patch", "delete")
         }  # all that lce asks kubectl for; apply reads, makes and patches
         asked |= {("configmaps", verb) for verb in ("get", "create", "patch")}
+        asked |= {("workloads", verb) for verb in ("get", "list", "patch")}  # of Kueue
         assert granted >= {*asked, ("pods/log", "get"), ("jobs", "get")}
 
 

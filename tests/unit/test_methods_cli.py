@@ -85,9 +85,8 @@ def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
     compat = config_of({}, head={"loss": "softmax", "scale": 32.0}).compat
     assert (compat.align_weight, compat.boundary_weight) == (64.0, 2.0)
     mapped = config_of({"mode": "training-forward"}, head={"loss": "softmax", "scale": 32.0}).compat
-    assert (mapped.align_weight, mapped.boundary_weight, mapped.pair_weight) == (16.0, 2.0, 4.0)
-    assert config_of({"mode": "training-backward"}, head={"loss": "softmax", "scale": 32.0}).compat.pair_weight == 8.0
-    assert compat.pair_weight == 0.0 and config_of({"pair_weight": 3.0}).compat.pair_weight == 3.0
+    assert (mapped.align_weight, mapped.boundary_weight) == (16.0, 2.0)
+    assert compat.pair_weight is None and config_of({"pair_weight": 3.0}).compat.pair_weight == 3.0
     for mode in ("training-direct", "training-backward"):
         assert config_of({"mode": mode, "preset": "paper"}).compat.pair_weight == 0.0
     assert config_of({"boundary_weight": 7.0}, head={"loss": "softmax", "scale": 32.0}).compat.boundary_weight == 7.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -68,6 +69,25 @@ def test_methods_without_parameters_are_built_with_their_own_weight_or_the_confi
     assert build_method(name, inputs(method_weight=0.25))._weight == 0.25
     assert not list(method.parameters()) and not method.state_dict() and method.maps() == {} and method.anchor() is None
     assert method.uses_old_vectors == (name != "bct")
+
+
+@pytest.mark.parametrize(
+    ("mode", "dims", "asked", "weight"),
+    [
+        ("training-direct", (4, 4), None, 0.0),  # five classes span four dimensions
+        ("training-direct", (6, 6), None, 8.0),
+        ("training-backward", (4, 4), None, 0.0),
+        ("training-backward", (6, 4), None, 16.0),
+        ("training-backward", (4, 6), None, 16.0),
+        ("training-direct", (6, 6), 0.0, 0.0),
+        ("training-direct", (4, 4), 3.0, 3.0),
+    ],
+)
+def test_lce_has_a_pair_term_where_classes_are_fewer_than_dimensions(mode, dims, asked, weight):
+    new_dim, old_dim = dims
+    built = replace(inputs(mode=mode, pair_weight=asked), new_dim=new_dim, old_dim=old_dim)
+    method = build_method("lce", built)
+    assert method._pair_weight == weight and method.uses_old_vectors == (weight > 0.0)
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.rayjobs import wait_for_job
+from launch.rayjobs import jobs_of, wait_for_job
 from launch.runs import find_run, read_launch, runs_below, status_of, stop_run, write_launch
 from lce_dist.config import load_config
 from lce_dist.errors import ConfigError, LceError, RunError, SetupError
@@ -196,6 +196,57 @@ def test_kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert 'patch rayjobs.ray.io two-a --namespace team --type merge --patch {"spec": {"suspend": true}}' in calls
     assert '{"spec": {"suspend": false}}' in calls
     assert "delete rayjobs.ray.io one-new --namespace team --wait\ncreate --filename -" in calls
+
+
+def test_a_run_in_a_queue_is_stopped_by_the_queue_that_would_start_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = tmp_path / "bin" / "kubectl"
+    program.parent.mkdir()
+    program.write_text(
+        _KUBECTL.replace(
+            'if [ "$1" = get ] &&',
+            'case "$1 $2" in "get workloads.kueue.x-k8s.io") exec cat "{folder}/workloads"; esac\nif [ "$1" = get ] &&',
+        ).format(folder=tmp_path)
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    there = ("--target", "k8s", "--namespace", "team")
+
+    def is_there(state: str, annotations: dict[str, str]) -> None:
+        job = ray_job("two-a", "two", "2026-01-01T00:00:00Z", state, suspend=state == "Suspended")
+        job["metadata"] |= {"labels": {"kueue.x-k8s.io/queue-name": "lce"}, "annotations": annotations}  # type: ignore[operator]
+        (tmp_path / "job").write_text(json.dumps(job))
+        (tmp_path / "list").write_text(json.dumps({"items": [job]}))
+
+    def calls() -> str:
+        text = (tmp_path / "calls").read_text()
+        (tmp_path / "calls").unlink()
+        return text
+
+    stopped = {"lce-dist/stopped": "true"}
+    is_there("Suspended", {})  # it waits for its pods
+    (tmp_path / "workloads").write_text(json.dumps({"items": []}))
+    assert main(["stop", "two", *there]) == 4
+    assert "Kueue has made no Workload of it" in capfd.readouterr().err and "patch" not in calls()
+    (tmp_path / "workloads").write_text(json.dumps({"items": [{"metadata": {"name": "rayjob-two-a-1f"}}]}))
+    assert main(["stop", "two", *there]) == 0
+    told = calls()
+    assert "get workloads.kueue.x-k8s.io --namespace team --selector kueue.x-k8s.io/job-uid=1 --output json" in told
+    inactive = 'patch workloads.kueue.x-k8s.io rayjob-two-a-1f --namespace team --type merge --patch {"spec": {"active": false}}'
+    assert inactive in told and '{"spec": {"suspend"' not in told
+    assert '--patch {"metadata": {"annotations": {"lce-dist/stopped": "true"}}}' in told
+    is_there("Suspended", stopped)
+    (line,) = jobs_of("two", "team")
+    assert not line.at_work
+    calls()
+    assert main(["resume", "two", *there]) == 0
+    told = calls()
+    assert told.index('{"annotations": {"lce-dist/stopped": null}}') < told.index('{"spec": {"active": true}}')
+    is_there("Complete", stopped)
+    assert main(["resume", "two", *there]) == 0
+    made = json.loads((tmp_path / "created").read_text())
+    assert made["metadata"]["annotations"] == {} and made["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "lce"}
 
 
 _CHANGING = """#!/bin/sh

@@ -21,7 +21,7 @@ from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
 from lce_dist.compat.method import BOUNDARY_KEYS, Card, Method, MethodBatch, RowTerms
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.compat.transformed import rotating_subset, transformed_alignment
-from lce_dist.config import CompatConfig, Manner
+from lce_dist.config import CompatConfig, Manner, pair_weight_for
 from lce_dist.head.layer import ShardedHead
 from lce_dist.head.sampling import drawn_flags
 
@@ -38,8 +38,8 @@ class Lce(Method):
         frozenset({"centres"}),
         frozenset({"direct", "backward", "forward"}),
         "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks. Direct: inside the head's own passes. With maps: "
-        "two maps of at most 128 classes a step, and one map of the batch. m images: the old model on the batch in each "
-        "step; with `pair_weight = 0` nothing, but in the forward manner",
+        "two maps of at most 128 classes a step, and one map of the batch. m images: nothing; forward, or with a pair term (by "
+        "default where classes are fewer than dimensions), the old model on the batch in each step",
         BOUNDARY_KEYS | {"align_weight", "boundary_weight", "boundary", "pair_weight", "seen_only", "align_share"},
     )
 
@@ -51,11 +51,13 @@ class Lce(Method):
         forth: nn.Module | None,
         back: nn.Module | None,
         seed: int,
+        pair_weight: float,
     ) -> None:
         super().__init__()
         self.manner = manner
         self.forth, self.back = forth, back
         self._config = config
+        self._pair_weight = pair_weight
         self._space = space
         self._seed = seed
         self._period = config.align_period(space.num_classes)
@@ -68,11 +70,15 @@ class Lce(Method):
         if manner != "direct":
             forth = build_bridge(config.joint_bridge, inputs.old_dim, inputs.new_dim, inputs.seed)
             back = build_bridge(config.joint_bridge, inputs.new_dim, inputs.old_dim, inputs.seed + 1)
-        return cls(manner, config, inputs.space, forth, back, inputs.seed)
+        pair_weight = config.pair_weight
+        if pair_weight is None:
+            dim = max(inputs.new_dim, inputs.old_dim)
+            pair_weight = pair_weight_for(inputs.head.scale, manner, inputs.space.num_classes, dim)
+        return cls(manner, config, inputs.space, forth, back, inputs.seed, pair_weight)
 
     @property
     def uses_old_vectors(self) -> bool:
-        return self._config.pair_weight > 0.0 or (self.manner == "forward" and self._config.boundary_weight > 0.0)
+        return self._pair_weight > 0.0 or (self.manner == "forward" and self._config.boundary_weight > 0.0)
 
     def anchor(self) -> OldAnchor | None:
         if self.manner != "direct":
@@ -115,10 +121,10 @@ class Lce(Method):
 
     def loss(self, batch: MethodBatch) -> torch.Tensor | None:
         config, space = self._config, self._space
-        if config.boundary_weight == 0.0 and config.pair_weight == 0.0:
+        if config.boundary_weight == 0.0 and self._pair_weight == 0.0:
             return None
         if self.manner == "direct":  # the boundary is a part of the head's passes
-            return self._apart(batch.new_bD, batch.old_bE, batch) if config.pair_weight > 0.0 else None
+            return self._apart(batch.new_bD, batch.old_bE, batch) if self._pair_weight > 0.0 else None
         if self.manner == "backward" and self.back is not None:
             seen_bE = F.normalize(mapped(self.back, batch.new_bD))
             loss = self._apart(seen_bE, batch.old_bE, batch)
@@ -144,10 +150,10 @@ class Lce(Method):
 
     def _apart(self, seen_bE: torch.Tensor, other_bE: torch.Tensor | None, batch: MethodBatch) -> torch.Tensor:
         """The pair term: weighted mean of 1 - cos between (mapped) vectors and the other model's of the same images."""
-        if self._config.pair_weight == 0.0 or other_bE is None:
+        if self._pair_weight == 0.0 or other_bE is None:
             return seen_bE.new_zeros(())
         far_b = 1.0 - (seen_bE * other_bE.to(seen_bE.dtype)).sum(1)
-        return self._config.pair_weight * sum_over_ranks((far_b * batch.weight_G[batch.own]).sum(), batch.world)
+        return self._pair_weight * sum_over_ranks((far_b * batch.weight_G[batch.own]).sum(), batch.world)
 
     def _outside_new_cones(self, seen_GD: torch.Tensor, batch: MethodBatch) -> torch.Tensor:
         """How much farther than the new vector of its image a mapped old vector is from the new class row."""
