@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.conftest import Workplace, wait_for, workers_of
+from tests.integration.conftest import CHECKOUT, Workplace, wait_for, workers_of
 
 STRANGER = """
 import os, sys, ray
@@ -122,3 +122,62 @@ def test_a_signal_while_ray_starts_is_one_line_and_5(workplace: Workplace, numbe
     )
     assert "Traceback" not in output and "***" not in output
     assert psutil.wait_procs(started, timeout=20)[1] == []
+
+
+LOOKS = """
+import sys, time
+from pathlib import Path
+import ray
+from launch.job import Job
+from launch.raytrain import Placement, _Beside
+from lce_dist import storage
+from lce_dist.config import parse_config
+from lce_dist.models.catalog import build_net
+from lce_dist.world import World
+
+folder = Path(sys.argv[1])
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+values = {
+    "data": {"synthetic": {"identities": 8, "photos_per_identity": 3}, "image_size": 32, "heldout_identities": 2},
+    "old": {"net": "tiny8", "embedding_dim": 8},
+    "new": {"net": "tiny8", "embedding_dim": 8},
+    "head": {"loss": "softmax"},
+    "checkpoint": {"evaluate": "always"},
+}
+config = parse_config(values, "looks", json_mode=True)
+job = Job(config, folder / "no data", folder, folder, "f", "e", folder, False, {}, {})
+net = build_net("tiny8", 8, 32, seed=3)
+tensors = {f"net.weight.{name}": value.detach() for name, value in net.named_parameters()}
+tensors |= {f"net.buffer.{name}": value.detach() for name, value in net.named_buffers()}
+beside = _Beside(job, Placement(1, 1, False, on_loopback=True))
+for step in (1, 2, 3, 4, 5, 6):
+    if step != 2:  # one that was removed meanwhile: nothing is looked at, and nothing failed
+        storage.save(folder / "new" / "checkpoints" / f"step-{step:08d}", tensors, {"step": step}, World())
+    events = list(beside.tell({"type": "checkpoint", "stage": "new", "step": step}))
+    begun = beside._running is not None
+    while beside._running is not None:
+        events += beside.results()
+        time.sleep(0.05)
+    print(step, begun, [event["text"].partition(":")[0] for event in events], flush=True)
+"""
+
+
+def test_looks_at_checkpoints_that_fail_are_given_up_after_three_in_a_row(tmp_path: Path) -> None:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKS, str(tmp_path)],
+        env={**kept, "PYTHONPATH": str(CHECKOUT), "RAY_DISABLE_IMPORT_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    once = "['a checkpoint was not evaluated beside the training; the next one will be']"
+    assert done.stdout.splitlines() == [
+        f"1 True {once}",
+        "2 True []",
+        f"3 True {once}",
+        f"4 True {once}",
+        "5 True ['no more evaluation beside the training, after 3 failures in a row']",
+        "6 False []",
+    ], done.stdout + done.stderr
