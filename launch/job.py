@@ -36,7 +36,7 @@ from lce_dist.compat.closed_form import procrustes as procrustes_of
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
 from lce_dist.compat.rotation import fold_rotation
-from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig, pair_weight_for
+from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig, vector_weights_for
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.errors import RunError
 from lce_dist.evaluation.embeddings import EmbeddingSet
@@ -278,9 +278,9 @@ def _compatibility(job: Job, old: OldModel, view: View, world: World, report: Re
     method = build_method(config.compat.method, inputs)
     if config.compat.method == "lce" and config.compat.pair_weight is None:
         longer = max(inputs.new_dim, inputs.old_dim)
-        weight = pair_weight_for(config.head.scale, config.compat.manner, space.num_classes, longer)
-        if weight > 0.0:
-            text = f"{space.num_classes} classes are fewer than {longer} dimensions: compat.pair_weight is {weight:g}"
+        pair = vector_weights_for(config.compat, config.head.scale, space.num_classes, longer).pair
+        if pair > 0.0:
+            text = f"{space.num_classes} classes are fewer than {longer} dimensions: compat.pair_weight is {pair:g}"
             report({"type": "note", "stage": "new", "text": text})
 
     def old_vectors(images: torch.Tensor, sample_ids: torch.Tensor) -> torch.Tensor:

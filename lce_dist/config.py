@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -306,6 +307,7 @@ class CompatConfig(_Section):
     preset: Literal["default", "paper", "reference-code"] = "default"
     align_weight: Annotated[float, Field(ge=0.0)] = 128.0
     boundary_weight: Annotated[float, Field(ge=0.0)] = 4.0
+    contrast_weight: Annotated[float, Field(ge=0.0)] | None = None
     pair_weight: Annotated[float, Field(ge=0.0)] | None = None
     boundary: Literal["cos", "angle"] = "cos"
     boundary_policy: Literal["max", "percentile", "iqr"] = "max"
@@ -359,22 +361,37 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
     Chosen by ``benchmarks.compatibility`` (docs/study.md). Where both models exist there is no such loss: equal weights.
     """
     if mode.startswith("mapping-"):
-        return {"align_weight": 1.0, "boundary_weight": 1.0, "pair_weight": 0.0}
+        return {"align_weight": 1.0, "boundary_weight": 1.0, "contrast_weight": 0.0, "pair_weight": 0.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
     return {"align_weight": align, "boundary_weight": scale / 16.0}
 
 
 _PAIR_SHARES: dict[Manner, float] = {"direct": 1.0 / 8.0, "backward": 1.0 / 4.0, "forward": 1.0 / 8.0}
+_CONTRAST = 4.0  # times the classification, which is the same softmax under the same scale
 
 
-def pair_weight_for(scale: float, manner: Manner, num_classes: int, dim: int) -> float:
-    """Default weight of LCE's term between the vectors of one image, where ``compat.pair_weight`` is not set.
+@dataclass(frozen=True)
+class VectorWeights:
+    """Weights of LCE's terms on new vectors that are not the paper's: against old centres, and the image's old vector."""
+
+    contrast: float
+    pair: float
+
+
+def vector_weights_for(config: CompatConfig, scale: float, num_classes: int, dim: int) -> VectorWeights:
+    """What the config says, and where it says nothing: pairs for few classes, the contrast for more, directly.
 
     dim: of the longer of the two models' vectors. Fewer centres than dimensions leave directions in which unseen people
-    lie and nothing is aligned: there the images' own vectors say the rest. With more classes the term costs accuracy
-    for nothing (docs/study.md).
+    lie and nothing is aligned: there the images' own vectors say the rest. With more classes the pairs cost accuracy for
+    nothing, and centres say it better (docs/study.md).
     """
-    return scale * _PAIR_SHARES[manner] if num_classes < dim else 0.0
+    few, direct = num_classes < dim, config.manner == "direct"
+    contrast, pair = config.contrast_weight, config.pair_weight
+    if contrast is None:
+        contrast = _CONTRAST if direct and not few else 0.0
+    if pair is None:
+        pair = scale * _PAIR_SHARES[config.manner] if few else 0.0
+    return VectorWeights(contrast, pair)
 
 
 _REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)
@@ -384,6 +401,7 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {
         "align_weight": 10.0,
         "boundary_weight": 10.0,
+        "contrast_weight": 0.0,
         "pair_weight": 0.0,
         "boundary": "angle",
         "boundary_policy": "max",
@@ -393,6 +411,7 @@ PRESETS: dict[str, dict[str, object]] = {
         "boundary": "cos",
         "boundary_policy": "max",
         "boundary_weight": 1.0,
+        "contrast_weight": 0.0,
         "pair_weight": 0.0,
         "bridge": "paper",
     },
@@ -401,6 +420,7 @@ PRESETS: dict[str, dict[str, object]] = {
 
 _OF_TRAINING = (
     "method_weight",
+    "contrast_weight",
     "pair_weight",
     "align_share",
     "boundary_policy",
@@ -424,6 +444,11 @@ def _without_effect(compat: CompatConfig) -> dict[str, str]:
             idle |= dict.fromkeys(_OF_CLASS_TERMS, why)
     if compat.manner == "direct":
         idle["bridge"] = f"compat.mode is {compat.mode!r}, which has no map to choose"
+    elif compat.contrast_weight != 0.0:  # presets say 0 in every manner
+        idle.setdefault(
+            "contrast_weight",
+            f"compat.mode is {compat.mode!r}; vectors are told apart by old centres in the direct manner",
+        )
     if compat.mode == "training-direct":
         idle |= dict.fromkeys(("bridge_heldout", "align_share"), "compat.mode is 'training-direct', which has no map")
     if compat.boundary_policy != "percentile":

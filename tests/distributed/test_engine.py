@@ -9,9 +9,10 @@ from torch import nn
 
 from lce_dist.batch import Batch
 from lce_dist.collectives import all_reduce_sum
+from lce_dist.compat.frozen_rows import steady_margin
 from lce_dist.compat.methods.lce import Lce
 from lce_dist.compat.old_space import OldSpace
-from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
+from lce_dist.config import CompatConfig, HeadConfig, OptimConfig, VectorWeights
 from lce_dist.head.build import build_head
 from lce_dist.head.dense import dense_margin_softmax
 from lce_dist.head.identity import identity_tensor
@@ -48,7 +49,9 @@ def parts_of(world: World, optim: OptimConfig, head_config: HeadConfig) -> tuple
     own = slice(low, low + rows[world.rank])
     first, last = shard_bounds(CLASSES, world.rank, world.size)
     space = OldSpace(centres[first:last], bound[first:last], torch.ones(last - first), CLASSES, first)
-    method = Lce("direct", COMPAT, space, None, None, 3, 0.0)
+    method = Lce(
+        "direct", COMPAT, space, None, None, 3, VectorWeights(0.0, 0.0), head_config.scale, steady_margin(head_config)
+    )
     head = build_head(head_config, optim, CLASSES, DIM, 7, world, lambda step: 0.2, method.anchor())
     batch = Batch(images[own], labels[own], torch.arange(own.start, own.stop), rows)
     return Engine(net(), optim, world, method), head, batch

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lce_dist.batch import Batch
+from lce_dist.compat.frozen_rows import steady_margin
 from lce_dist.compat.methods.lce import Lce
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.compat.transformed import rotating_subset
-from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
+from lce_dist.config import CompatConfig, HeadConfig, OptimConfig, vector_weights_for
 from lce_dist.head.build import build_head
 from lce_dist.head.dense import dense_margin_softmax
 from lce_dist.head.margins import CosFace
@@ -26,7 +27,7 @@ HEAD = {"loss": "cosface", "margin_cos": 0.2, "scale": 8.0, "chunk_classes": 4}
 
 
 def compat_of(mode: str, kind: str) -> CompatConfig:
-    weights = {"align_weight": 3.0, "boundary_weight": 2.0, "pair_weight": 1.5}
+    weights = {"align_weight": 3.0, "boundary_weight": 2.0, "pair_weight": 1.5, "contrast_weight": 0.0}
     return CompatConfig.model_validate({"mode": mode, "boundary": kind, "align_share": 0.5, **weights})
 
 
@@ -65,9 +66,10 @@ def trained(world: World, mode: str, kind: str, accumulation: int, rate: float) 
     space = OldSpace(centres[first:last], bound[first:last], torch.ones(last - first), CLASSES, first)
     config = compat_of(mode, kind)
     maps = (None, None) if mode == "training-direct" else (module(OLD, NEW, 1), module(NEW, OLD, 2))
-    method = Lce(config.manner, config, space, *maps, 3, config.pair_weight or 0.0)
-    optim = OptimConfig(global_batch=ROWS, accumulation=accumulation, clip_norm=0.0, precision="fp32")
     head_config = HeadConfig.model_validate({**HEAD, "sample_rate": rate, "sample_policy": "dense"})
+    weights = vector_weights_for(config, head_config.scale, CLASSES, NEW)
+    method = Lce(config.manner, config, space, *maps, 3, weights, head_config.scale, steady_margin(head_config))
+    optim = OptimConfig(global_batch=ROWS, accumulation=accumulation, clip_norm=0.0, precision="fp32")
     head = build_head(head_config, optim, CLASSES, NEW, 7, world, lambda step: 0.2, method.anchor())
     engine = Engine(net(), optim, world, method)
     assert method.uses_old_vectors

@@ -86,9 +86,14 @@ def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
     assert (compat.align_weight, compat.boundary_weight) == (64.0, 2.0)
     mapped = config_of({"mode": "training-forward"}, head={"loss": "softmax", "scale": 32.0}).compat
     assert (mapped.align_weight, mapped.boundary_weight) == (16.0, 2.0)
-    assert compat.pair_weight is None and config_of({"pair_weight": 3.0}).compat.pair_weight == 3.0
+    assert (
+        compat.contrast_weight is None
+        and compat.pair_weight is None
+        and config_of({"pair_weight": 3.0}).compat.pair_weight == 3.0
+    )
     for mode in ("training-direct", "training-backward"):
-        assert config_of({"mode": mode, "preset": "paper"}).compat.pair_weight == 0.0
+        paper = config_of({"mode": mode, "preset": "paper"}).compat
+        assert paper.pair_weight == 0.0 == paper.contrast_weight
     assert config_of({"boundary_weight": 7.0}, head={"loss": "softmax", "scale": 32.0}).compat.boundary_weight == 7.0
     assert config_of({}, head={"loss": "softmax"}).compat == CompatConfig()  # whose defaults stand for the head's own
     with pytest.raises(ConfigError, match="scale") as refused:
@@ -112,6 +117,8 @@ def test_weights_that_are_not_set_follow_the_scale_of_the_head() -> None:
         ({"mode": "mapping-backward", "seen_only": True}, "seen_only"),
         ({"mode": "mapping-direct", "bridge": "mlp"}, "bridge"),
         ({"mode": "training-direct", "bridge": "linear"}, "bridge"),
+        ({"mode": "training-backward", "contrast_weight": 2.0}, "contrast_weight"),
+        ({"mode": "mapping-direct", "contrast_weight": 2.0}, "contrast_weight"),
         ({"mode": "training-direct", "bridge_heldout": 0.3}, "bridge_heldout"),
         ({"boundary_percentile": 80.0}, "boundary_percentile"),
     ],

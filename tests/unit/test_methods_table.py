@@ -18,7 +18,7 @@ from lce_dist.compat.methods.maps import MAPS
 from lce_dist.compat.methods.nccl import Nccl
 from lce_dist.compat.methods.ract import Ract
 from lce_dist.compat.old_space import OldSpace
-from lce_dist.config import BridgeKind, CompatConfig, HeadConfig
+from lce_dist.config import BridgeKind, CompatConfig, HeadConfig, VectorWeights
 from lce_dist.errors import ConfigError
 from lce_dist.world import World
 
@@ -72,22 +72,23 @@ def test_methods_without_parameters_are_built_with_their_own_weight_or_the_confi
 
 
 @pytest.mark.parametrize(
-    ("mode", "dims", "asked", "weight"),
+    ("config", "dims", "pair", "contrast"),
     [
-        ("training-direct", (4, 4), None, 0.0),  # five classes span four dimensions
-        ("training-direct", (6, 6), None, 8.0),
-        ("training-backward", (4, 4), None, 0.0),
-        ("training-backward", (6, 4), None, 16.0),
-        ("training-backward", (4, 6), None, 16.0),
-        ("training-direct", (6, 6), 0.0, 0.0),
-        ("training-direct", (4, 4), 3.0, 3.0),
+        ({"mode": "training-direct"}, (4, 4), 0.0, 4.0),  # five classes span four dimensions
+        ({"mode": "training-direct"}, (6, 6), 8.0, 0.0),
+        ({"mode": "training-backward"}, (4, 4), 0.0, 0.0),
+        ({"mode": "training-backward"}, (6, 4), 16.0, 0.0),
+        ({"mode": "training-forward"}, (4, 6), 8.0, 0.0),
+        ({"mode": "training-direct", "pair_weight": 0.0}, (6, 6), 0.0, 0.0),
+        ({"mode": "training-direct", "pair_weight": 3.0, "contrast_weight": 0.0}, (4, 4), 3.0, 0.0),
+        ({"mode": "training-direct", "contrast_weight": 2.5}, (6, 6), 8.0, 2.5),
     ],
 )
-def test_lce_has_a_pair_term_where_classes_are_fewer_than_dimensions(mode, dims, asked, weight):
+def test_lces_terms_on_vectors_follow_the_number_of_classes_unless_they_are_set(config, dims, pair, contrast):
     new_dim, old_dim = dims
-    built = replace(inputs(mode=mode, pair_weight=asked), new_dim=new_dim, old_dim=old_dim)
-    method = build_method("lce", built)
-    assert method._pair_weight == weight and method.uses_old_vectors == (weight > 0.0)
+    method = build_method("lce", replace(inputs(**config), new_dim=new_dim, old_dim=old_dim))
+    assert method._weights == VectorWeights(contrast, pair)
+    assert method.uses_old_vectors == (pair > 0.0 or config["mode"] == "training-forward")
 
 
 def test_an_unknown_method_is_refused_with_the_nearest_name():

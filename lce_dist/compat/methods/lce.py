@@ -2,8 +2,9 @@
 
 Direct: class rows are drawn to old centres, new vectors stay inside the old classes' boundaries (compat/lce.py). With
 maps: rows and centres are aligned through T12 and T21, half each; backward keeps T21(new vector) inside the old boundary;
-forward keeps T12(old vector) as near to its new class row as the new vector of the same image is. In every manner the
-(mapped) vector is drawn to the other model's vector of the same image (ours, not the paper's: ``pair_weight``).
+forward keeps T12(old vector) as near to its new class row as the new vector of the same image is. Ours, not the paper's: directly,
+new vectors tell their class's old centre from those of the batch (``contrast_weight``); with few classes, in every manner, the
+(mapped) vector is drawn to the other model's vector of the same image (``pair_weight``).
 **Source**: Meng et al., "Learning Compatible Embeddings", ICCV 2021 (arXiv 2108.01958).
 """
 
@@ -17,12 +18,15 @@ from torch import nn
 
 from lce_dist.collectives import gather_rows, sum_over_ranks
 from lce_dist.compat.bridges import build_bridge, mapped
+from lce_dist.compat.contrast import contrast_loss
+from lce_dist.compat.frozen_rows import steady_margin
 from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
 from lce_dist.compat.method import BOUNDARY_KEYS, Card, Method, MethodBatch, RowTerms
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.compat.transformed import rotating_subset, transformed_alignment
-from lce_dist.config import CompatConfig, Manner, pair_weight_for
+from lce_dist.config import CompatConfig, Manner, VectorWeights, vector_weights_for
 from lce_dist.head.layer import ShardedHead
+from lce_dist.head.margins import Margin
 from lce_dist.head.sampling import drawn_flags
 
 if TYPE_CHECKING:
@@ -37,10 +41,12 @@ class Lce(Method):
         "Meng et al., Learning Compatible Embeddings, ICCV 2021, arXiv 2108.01958",
         frozenset({"centres"}),
         frozenset({"direct", "backward", "forward"}),
-        "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks. Direct: inside the head's own passes. With maps: "
-        "two maps of at most 128 classes a step, and one map of the batch. m images: nothing; forward, or with a pair term (by "
-        "default where classes are fewer than dimensions), the old model on the batch in each step",
-        BOUNDARY_KEYS | {"align_weight", "boundary_weight", "boundary", "pair_weight", "seen_only", "align_share"},
+        "n identities: old centres, 4 n E bytes (2 in fp16) over all ranks. Direct: inside the head's own passes, and G cosines for "
+        "each of a rank's b rows of a global batch of G. With maps: two maps of at most 128 classes a step, and one map of the "
+        "batch. m images: nothing; forward, or with a pair term (by default where classes are fewer than dimensions), the old "
+        "model on the batch in each step",
+        BOUNDARY_KEYS
+        | {"align_weight", "boundary_weight", "boundary", "contrast_weight", "pair_weight", "seen_only", "align_share"},
     )
 
     def __init__(
@@ -51,13 +57,16 @@ class Lce(Method):
         forth: nn.Module | None,
         back: nn.Module | None,
         seed: int,
-        pair_weight: float,
+        weights: VectorWeights,
+        scale: float,
+        margin: Margin,
     ) -> None:
         super().__init__()
         self.manner = manner
         self.forth, self.back = forth, back
         self._config = config
-        self._pair_weight = pair_weight
+        self._weights = weights
+        self._scale, self._margin = scale, margin
         self._space = space
         self._seed = seed
         self._period = config.align_period(space.num_classes)
@@ -70,15 +79,14 @@ class Lce(Method):
         if manner != "direct":
             forth = build_bridge(config.joint_bridge, inputs.old_dim, inputs.new_dim, inputs.seed)
             back = build_bridge(config.joint_bridge, inputs.new_dim, inputs.old_dim, inputs.seed + 1)
-        pair_weight = config.pair_weight
-        if pair_weight is None:
-            dim = max(inputs.new_dim, inputs.old_dim)
-            pair_weight = pair_weight_for(inputs.head.scale, manner, inputs.space.num_classes, dim)
-        return cls(manner, config, inputs.space, forth, back, inputs.seed, pair_weight)
+        dim = max(inputs.new_dim, inputs.old_dim)
+        weights = vector_weights_for(config, inputs.head.scale, inputs.space.num_classes, dim)
+        head = inputs.head
+        return cls(manner, config, inputs.space, forth, back, inputs.seed, weights, head.scale, steady_margin(head))
 
     @property
     def uses_old_vectors(self) -> bool:
-        return self._pair_weight > 0.0 or (self.manner == "forward" and self._config.boundary_weight > 0.0)
+        return self._weights.pair > 0.0 or (self.manner == "forward" and self._config.boundary_weight > 0.0)
 
     def anchor(self) -> OldAnchor | None:
         if self.manner != "direct":
@@ -121,10 +129,10 @@ class Lce(Method):
 
     def loss(self, batch: MethodBatch) -> torch.Tensor | None:
         config, space = self._config, self._space
-        if config.boundary_weight == 0.0 and self._pair_weight == 0.0:
-            return None
         if self.manner == "direct":  # the boundary is a part of the head's passes
-            return self._apart(batch.new_bD, batch.old_bE, batch) if self._pair_weight > 0.0 else None
+            return self._of_vectors(batch)
+        if config.boundary_weight == 0.0 and self._weights.pair == 0.0:
+            return None
         if self.manner == "backward" and self.back is not None:
             seen_bE = F.normalize(mapped(self.back, batch.new_bD))
             loss = self._apart(seen_bE, batch.old_bE, batch)
@@ -148,12 +156,22 @@ class Lce(Method):
             return {}
         return {"new_to_old": self.back, "old_to_new": self.forth}
 
+    def _of_vectors(self, batch: MethodBatch) -> torch.Tensor | None:
+        loss = None
+        if self._weights.pair > 0.0:
+            loss = self._apart(batch.new_bD, batch.old_bE, batch)
+        if self._weights.contrast > 0.0:
+            rows = (batch.new_bD, batch.labels_G, batch.weight_G, batch.own)
+            told = contrast_loss(*rows, self._space, self._scale, self._margin, batch.world)
+            loss = self._weights.contrast * told if loss is None else loss + self._weights.contrast * told
+        return loss
+
     def _apart(self, seen_bE: torch.Tensor, other_bE: torch.Tensor | None, batch: MethodBatch) -> torch.Tensor:
         """The pair term: weighted mean of 1 - cos between (mapped) vectors and the other model's of the same images."""
-        if self._pair_weight == 0.0 or other_bE is None:
+        if self._weights.pair == 0.0 or other_bE is None:
             return seen_bE.new_zeros(())
         far_b = 1.0 - (seen_bE * other_bE.to(seen_bE.dtype)).sum(1)
-        return self._pair_weight * sum_over_ranks((far_b * batch.weight_G[batch.own]).sum(), batch.world)
+        return self._weights.pair * sum_over_ranks((far_b * batch.weight_G[batch.own]).sum(), batch.world)
 
     def _outside_new_cones(self, seen_GD: torch.Tensor, batch: MethodBatch) -> torch.Tensor:
         """How much farther than the new vector of its image a mapped old vector is from the new class row."""
