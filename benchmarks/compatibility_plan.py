@@ -338,11 +338,16 @@ def _common(study: Study, source: Source, config: Config) -> dict[str, Any]:
     }
 
 
+_TRAINING_ALONE = ("contrast_weight",)
+
+
 def _compat_of(contestant: Contestant, config: Config) -> dict[str, Any]:
-    """What of [compat] a contestant depends on: a new key for maps must not make BCT anew."""
+    """What of [compat] a contestant depends on: a new key for maps must not make BCT anew, nor the other way round."""
     section = config.compat.model_dump(mode="json")
     if contestant.kind == "training" and config.compat.method != "lce":
         return {key: section[key] for key in ("mode", "method", "method_weight")}
+    if contestant.kind == "mapping":
+        section = {key: value for key, value in section.items() if key not in _TRAINING_ALONE}
     return {} if contestant.kind == "none" else section
 
 
