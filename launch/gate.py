@@ -12,7 +12,7 @@ from typing import Any
 from launch.html_report import html_report
 from launch.run_tracking import gate_tags, registered_by, version_text
 from lce_dist.config import Judged
-from lce_dist.errors import DataError, RunError
+from lce_dist.errors import DataError, RunError, SetupError
 from lce_dist.evaluation.answers import answers_of
 from lce_dist.evaluation.gate import GateVerdict, judge
 from lce_dist.registry import describe_version, log_run_file, set_model_alias, tag_run
@@ -25,7 +25,8 @@ def conclude_gate(
 ) -> tuple[GateVerdict, dict[str, Any]]:
     """Judge ``report`` by ``config.gate`` and write gate.json and report.html; returns the verdict, and as it was written.
 
-    overridden: what of ``config.gate`` was set by hand; both files say so. Errors: DataError for a report that lacks parts.
+    overridden: what of ``config.gate`` was set by hand; both files say so. Errors: DataError for a report that lacks parts;
+    SetupError where they cannot be written.
     """
     try:
         verdict = judge(report, config.gate)
@@ -121,6 +122,14 @@ def _verdict_waits(run_dir: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
+    """Errors: SetupError, as 1 is the exit code of a verdict."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise SetupError(
+            f"{path} cannot be written: {error.strerror}. Free space, or gate as who may write there"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -193,6 +193,10 @@ def _read(directory: Path, progress: Callable[[str, int, int], None]) -> _Upgrad
         values = json.loads(resolved.read_text())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{resolved} is damaged ({error}); run the same command again") from None
+    if isinstance(values, dict) and "vectors" in values:
+        raise ConfigError(
+            f"{directory} is a report over stored vectors; must be a run, which has the models to embed images with. Name RUN_DIR/NAME"
+        )
     config = parse_config(values, str(resolved), json_mode=True)
     dataset = prepare_data(config.data, directory.parent / ".cache", progress, cache_settings(config))
     return _Upgrade(directory, config, dataset, open_parts(config.data, Path(), dataset, None).identities)

@@ -115,20 +115,31 @@ def pair_intervals(
     for far in fars:
         _widen(rows, f"TAR at FAR {far_key(far)}", found["tar_at_far"][far_key(far)])
     if right is not None:
-        right_P, fold_P = right
-        num_folds = int(fold_P.max()) + 1
-        here_PK = (fold_P[:, None] == np.arange(num_folds)).astype(np.float64)
-        sums_KB = pair_weight_sums(scored, np.concatenate([here_PK * right_P[:, None], here_PK], axis=1), weight_BI)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share_KB = sums_KB[:num_folds] / sums_KB[num_folds:]
-        known_KB = np.where(np.isnan(share_KB), 0.0, share_KB)
-        mean_B = known_KB.sum(axis=0) / np.maximum(1, np.count_nonzero(~np.isnan(share_KB), axis=0))
-        found["accuracy"] = interval_of(numbers["accuracy"]["mean"], mean_B)
-        _widen(rows, f"accuracy, {num_folds} folds", found["accuracy"])
+        found["accuracy"] = interval_of(numbers["accuracy"]["mean"], _accuracies(scored, *right, weight_BI))
+        _widen(rows, f"accuracy, {int(right[1].max()) + 1} folds", found["accuracy"])
     if old_P is not None:
         _flips(rows, numbers, found, scored, old_P, fars, weight_BI)
     _tell_drawn(rows, found)
     numbers["intervals"] = found
+
+
+def _accuracies(scored: Scored, right_P: Bools, fold_P: Ints, weight_BI: npt.NDArray[np.float32]) -> Floats:
+    """Mean over folds of the accuracy in each sample (B,). A fold keeps its shares of genuine and impostor pairs.
+
+    They are of the list, not of the people: as impostor pairs weigh a product, a few of them would have the word in small folds,
+    and the interval could lie beside the accuracy. A kind that a sample leaves out of a fold is left out of its mean.
+    """
+    strata = [fold_P == fold for fold in range(int(fold_P.max()) + 1)]
+    strata = [here_P & kind_P for kind_P in (scored.genuine_P, ~scored.genuine_P) for here_P in strata]
+    here_PS = np.stack([here_P for here_P in strata if here_P.any()], axis=1)
+    size_S = here_PS.sum(axis=0) / np.bincount(fold_P)[fold_P[here_PS.argmax(axis=0)]]  # of its fold
+    values_PK = np.concatenate([here_PS & right_P[:, None], here_PS], axis=1).astype(np.float64)
+    right_SB, all_SB = np.split(pair_weight_sums(scored, values_PK, weight_BI), 2)
+    known_SB = all_SB > 0.0
+    share_SB = np.divide(right_SB, all_SB, out=np.zeros_like(all_SB), where=known_SB)
+    with np.errstate(invalid="ignore"):  # nothing is known: no number
+        mean_B: Floats = (size_S @ share_SB) / (size_S @ known_SB)
+    return mean_B
 
 
 def _flips(

@@ -22,6 +22,7 @@ LAUNCH_FILE = "launch.json"
 LOG_FILE = "log.txt"  # what the driver told, with the time
 _TAIL_BYTES = 1 << 18
 _POLL_S = 0.2
+_JUDGED = ("fingerprint", "examination")  # what says of which report a verdict is
 _TRACES = "*/profiles/step-*.json.gz"
 
 State = Literal["running", "finished", "failed", "interrupted"]
@@ -75,6 +76,8 @@ def status_of(run_dir: Path) -> RunStatus:
     report = read_report(run_dir / "report.json")
     last = _last_metrics(run_dir / "tracking.jsonl")
     gate = judged_before(run_dir)
+    if gate is not None and report is not None and any(gate.get(key) != report.get(key) for key in _JUDGED):
+        gate = None  # the verdict on a report that was there before this one
     state: State = "interrupted"
     if pid is not None:
         state = "running"

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -861,12 +862,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         table[last] = value
 
 
+# what pydantic adds to the place of a value that may be a number or a word: a problem for each
+_KINDS = ("constrained-float", "float", "literal[")
+
+
+def _key_of(problem: Mapping[str, Any]) -> list[str]:
+    return [str(part) for part in problem["loc"] if not str(part).startswith(_KINDS)]
+
+
 def _one_line(error: ValidationError, model: type[BaseModel] = Config) -> str:
     problems = error.errors(include_url=False)
     problem = problems[0]
-    location = [str(part) for part in problem["loc"]]
+    location = _key_of(problem)
     key = ".".join(location)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    others = [one for one in problems if _key_of(one) != location]
+    more = f" (and {len(others)} more)" if others else ""
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1], model)
         near = difflib.get_close_matches(location[-1], known, n=1)
@@ -877,7 +887,11 @@ def _one_line(error: ValidationError, model: type[BaseModel] = Config) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":  # says itself what matters; a secret is not repeated
         return f"{key}: {message}.{more}" if key else f"{message}.{more}"
-    return f"{key} is {problem['input']!r}; {message[0].lower()}{message[1:]}.{more}"
+    words = "".join(
+        f" or {one['ctx']['expected']}" for one in problems if one["type"] == "literal_error" and one not in others
+    )
+    allowed = message if problem["type"] == "literal_error" else message + words
+    return f"{key or 'all of it'} is {problem['input']!r}; {allowed[0].lower()}{allowed[1:]}.{more}"
 
 
 def _known_keys(location: list[str], model: Any) -> list[str]:

@@ -138,16 +138,17 @@ def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], 
             left.unlink(missing_ok=True)
 
 
-def _one_space(path: Path, spaces: Iterable[str]) -> str | None:
-    """The space of all rows. Errors: DataError at the first row of another one."""
+def _one_space(path: Path, spaces: Iterable[str | None]) -> str | None:
+    """The space of all rows; None where none says it. Errors: DataError at the first row of another one."""
     first = None
     for row, space in enumerate(spaces):
-        if first is None:
+        if row == 0:
             first = space
         if space != first:
+            said = [f"of space {one!r}" if one is not None else "of none that it says" for one in (space, first)]
             raise DataError(
-                f"vectors {path}: row {row + 1} is of space {space!r}, the first of {first!r}; a file holds the vectors of one "
-                "model. Write one file a model"
+                f"vectors {path}: row {row + 1} is {said[0]}, the first {said[1]}; a file holds the vectors of one model. Write "
+                "one file a model"
             )
     return first
 
@@ -384,11 +385,11 @@ def _open_parquet(path: Path) -> VectorFile:
         except (pa.ArrowException, OSError) as error:
             raise damaged(error) from None
 
-    def spaces() -> Iterator[str]:
+    def spaces() -> Iterator[str | None]:
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(batch_size=_BLOCK_ROWS, columns=["space"]):
-                    yield from (str(space) for space in batch.column(0).to_pylist())
+                    yield from (None if space is None else str(space) for space in batch.column(0).to_pylist())
         except (pa.ArrowException, OSError) as error:
             raise damaged(error) from None
 

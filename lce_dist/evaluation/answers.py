@@ -62,10 +62,11 @@ def _safe(verdict: GateVerdict) -> str:
 
 
 def _gain(report: Mapping[str, Any], tar: Mapping[str, float], far: str) -> str:
+    scarce = _unmeasured(report, tar, far)
     if "old_old" not in tar:
         return (
             f"TAR at FAR {far} is {tar['new_old']:.3f} for new queries in the gallery as it is, {tar['new_new']:.3f} after it is "
-            "re-encoded. The old vectors are one an identity, so the old state cannot be measured."
+            f"re-encoded. The old vectors are one an identity, so the old state cannot be measured.{scarce}"
         )
     shipped = _difference(report, "new_old_minus_old_old", tar["new_old"] - tar["old_old"])
     whole = _difference(report, "new_new_minus_old_old", tar["new_new"] - tar["old_old"])
@@ -75,7 +76,18 @@ def _gain(report: Mapping[str, Any], tar: Mapping[str, float], far: str) -> str:
     )
     if report["update_gain"] is not None and report["update_gain"] > 0.0:
         text += f" That is {100.0 * report['update_gain']:.0f} % of the way to a new model that is bound to nothing."
-    return text
+    return text + scarce
+
+
+def _unmeasured(report: Mapping[str, Any], tar: Mapping[str, float], far: str) -> str:
+    """What a FAR says that no pair of models has the impostor pairs to measure; nothing where all have."""
+    fewest = min(report[key]["num_impostor"] for key in tar)
+    if float(far) * fewest >= 1.0:
+        return ""
+    return (
+        f" A FAR of {far} was not measured: that takes {1.0 / float(far):,.0f} impostor pairs, and there are {fewest:,}; these TARs "
+        "are those with no false accept at all."
+    )
 
 
 def _difference(report: Mapping[str, Any], name: str, value: float) -> str:

@@ -45,7 +45,7 @@ def pool_templates(
         entries = order_R[start_T[first] : end_T[last - 1]]
         vector_RD = rows_ND[row_R[entries]].astype(np.float64)
         if weight_R is not None:
-            vector_RD *= weight_R[entries, None]
+            vector_RD *= _scaled(weight_R[entries], start_T[first:last] - start_T[first])[:, None]
         template, media = template_R[entries], media_R[entries]
         start_M = np.flatnonzero(np.append(True, (template[1:] != template[:-1]) | (media[1:] != media[:-1])))
         media_MD = np.add.reduceat(vector_RD, start_M, axis=0) / np.diff(np.append(start_M, len(entries)))[:, None]
@@ -62,3 +62,11 @@ def pool_templates(
         pooled_TD[first:last] = sum_TD / norm_T[:, None]
         first = last
     return EmbeddingSet(name, pooled_TD, template_T.astype(np.int64), template_T.astype(np.int64))
+
+
+def _scaled(weight_R: Floats, start_T: Ints) -> Floats:
+    """Weights with the largest of each template in [0.5, 1): only what they are beside each other counts, and squares of very large
+    ones overflow, as very small ones look like none. By a power of two, so that nothing is rounded."""
+    exponent_T = np.frexp(np.maximum.reduceat(weight_R, start_T))[1]
+    scaled_R: Floats = np.ldexp(weight_R, -np.repeat(exponent_T, np.diff(np.append(start_T, len(weight_R)))))
+    return scaled_R

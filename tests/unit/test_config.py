@@ -37,6 +37,8 @@ def test_committed_configs_load_and_survive_json(path: Path) -> None:
         ("run.name=../up", ["run.name"]),
         ("novalue", ["'novalue' is not KEY=VALUE"]),
         ("run.name.x=1", ["run.name.x", "not a section"]),
+        ("gate.max_negative_flips=nan", [": gate.max_negative_flips is nan;", "or equal to 1 or 'off'."]),
+        ("gate.min_slice_gain=true", [": gate.min_slice_gain is True;", "valid number or 'off' or 'auto'."]),
     ],
 )
 def test_a_wrong_setting_is_one_line(override: str, words: list[str]) -> None:

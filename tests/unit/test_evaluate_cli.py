@@ -525,8 +525,14 @@ def test_a_file_holds_the_vectors_of_one_model(tmp_path: Path) -> None:
         assert open_vectors(tmp_path / name).space == "model A"
         lce("all-pairs", "--query", tmp_path / name, "--far", "0.1")
     assert open_vectors(stored(tmp_path / "unsaid.parquet", rows)).space is None
+    for name, spaces in (("nulls", [None] * NUM), ("some", ["A"] * 50 + [None] * 10)):
+        columns = {"key": KEYS, "vector": list(rows), "space": pa.array(spaces, pa.string())}
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    assert open_vectors(tmp_path / "nulls.parquet").space is None
+    with pytest.raises(DataError, match=r"some\.parquet: row 51 is of none that it says, the first of space 'A'"):
+        open_vectors(tmp_path / "some.parquet")
     np.savez(tmp_path / "two.npz", keys=np.array(KEYS), vectors=rows, spaces=np.array(["A"] * 50 + ["B"] * 10))
-    with pytest.raises(DataError, match=r"two\.npz: row 51 is of space 'B', the first of 'A'; a file holds"):
+    with pytest.raises(DataError, match=r"two\.npz: row 51 is of space 'B', the first of space 'A'; a file holds"):
         lce("all-pairs", "--query", tmp_path / "two.npz")
 
 

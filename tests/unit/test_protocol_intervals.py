@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from launch.cli import main
+from launch.protocol_intervals import _accuracies
 from lce_dist.evaluation.embeddings import EmbeddingSet
 from lce_dist.evaluation.list_intervals import Scored, drawn_weights, resampled_means, resampled_rates
 from lce_dist.evaluation.retrieval import retrieve
@@ -146,3 +147,35 @@ def test_templates_identify_and_retrieve(tmp_path, capsys):
     assert interval["value"] == found["mean_average_precision"]
     assert (interval["low"], interval["high"]) == pytest.approx(np.quantile(mean_B, [0.025, 0.975]).tolist(), abs=1e-6)
     assert found["intervals"]["rank"]["1"]["low"] < found["rank"]["1"]
+
+
+def test_the_accuracys_interval_holds_it_where_folds_are_small(tmp_path, capsys):
+    """Vectors that are all equal are right about impostors alone: half of each fold, whoever is drawn."""
+    vectors = stored(tmp_path / "v.npz", np.tile(rows(2)[:1], (NUM, 1)))
+    path = tmp_path / "pairs.csv"
+    lines = [f"{KEYS[5 * k]},{KEYS[5 * k + 1]},1\n{KEYS[5 * k]},{KEYS[5 * k - 5]},0\n" for k in range(PEOPLE)]
+    path.write_text("first,second,genuine\n" + "".join(lines))
+    found, _ = numbers(capsys, "pairs", path, "--query", vectors, "--folds", 6)
+    assert found["accuracy"]["mean"] == 0.5
+    interval = found["intervals"]["accuracy"]
+    assert interval["low"] <= 0.5 <= interval["high"] and interval["high"] - interval["low"] < 0.2
+
+    # as a loop: each kind of a fold is as large as the list has it
+    score, genuine, fold = np.arange(8.0), np.array([1, 1, 0, 0, 1, 0, 0, 0], dtype=bool), np.array([0] * 4 + [1] * 4)
+    right = np.array([1, 0, 1, 0, 1, 1, 0, 1], dtype=bool)
+    first, second = np.array([0, 1, 2, 0, 2, 1, 0, 1]), np.array([0, 1, 1, 2, 2, 0, 2, 2])
+    weights = np.array([[1, 1, 1], [2, 1, 0], [3, 0, 0], [0, 2, 1]], dtype=np.float32)
+    truth = []
+    for weight in weights.astype(float):
+        total, known = 0.0, 0.0
+        for k in (0, 1):
+            for kind in (True, False):
+                chosen = [p for p in range(8) if fold[p] == k and genuine[p] == kind]
+                each = [weight[first[p]] * (1.0 if kind else weight[second[p]]) for p in chosen]
+                if sum(each) > 0.0:
+                    share = sum(w * right[p] for w, p in zip(each, chosen, strict=True)) / sum(each)
+                    total, known = total + share * len(chosen) / 4, known + len(chosen) / 4
+        truth.append(total / known)
+    found_B = _accuracies(Scored(score, genuine, first, second), right, fold, weights)
+    np.testing.assert_allclose(found_B, truth, rtol=1e-12)
+    assert found_B[0] == pytest.approx(np.mean(right[fold == 0]) / 2 + np.mean(right[fold == 1]) / 2)

@@ -96,6 +96,12 @@ def test_a_run_is_followed_through_its_states(
         if verdict is not None:
             (run_dir / "gate.json").write_text(json.dumps(verdict))
         assert status_of(run_dir).line() == f"finished, {words}"
+    # the run was evaluated anew, and ended before that was judged
+    (run_dir / "report.json").write_text('{"fingerprint": "a", "examination": "new"}')
+    (run_dir / "gate.json").write_text('{"passed": true, "fingerprint": "a", "examination": "old"}')
+    assert status_of(run_dir).line() == "finished, not judged"
+    (run_dir / "gate.json").write_text('{"passed": true, "fingerprint": "a", "examination": "new"}')
+    assert status_of(run_dir).line() == "finished, safe to ship"
     run_at(tmp_path, "another")
     assert [path.name for path in runs_below(tmp_path)] == ["another", "one"]
     assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0

@@ -52,6 +52,16 @@ def test_as_a_loop(monkeypatch, weighted, block):
     np.testing.assert_allclose(found.vectors_ND, truth, atol=1e-6)
 
 
+def test_weights_count_beside_each_other_whatever_their_size():
+    rows = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+    parts = ints(0, 1, 2, 3, 4, 5), ints(3, 3, 3, 8, 8, 8), ints(0, 0, 1, 0, 1, 2)
+    weights = np.array([0.9, 0.2, 0.7, 0.4, 0.0, 0.8])
+    truth = pool_templates("m", rows, *parts, weights).vectors_ND
+    for power in (-600, -40, 600, 1020):
+        found = pool_templates("m", rows, *parts, np.ldexp(weights, power)).vectors_ND
+        np.testing.assert_array_equal(found, truth)
+
+
 def test_a_template_that_adds_up_to_nothing_is_refused():
     rows = np.array([[1.0, 0.0], [-1.0, 0.0]], dtype=np.float32)
     with pytest.raises(DataError, match=r"the template of line 2 .* adds up to nothing \(1 such"):

@@ -171,6 +171,13 @@ def test_the_answers_name_numbers_and_losers(report: dict[str, Any]) -> None:
         "No group of 100 images or more is sure to lose. The smallest gain of those is that of cover: " in said.losers
     )
     assert f"{report['old_threshold_kept']['new_old']['threshold']:.4f}" in said.changes
+    assert "not measured" not in said.gain
+    # a FAR that nobody has the pairs to measure is not told as if it were
+    fewer = {key: {**report[key], "num_impostor": 99} if key == "new_old" else report[key] for key in report}
+    assert answers_of(fewer, verdict, 100).gain == (
+        f"{said.gain} A FAR of 0.01 was not measured: that takes 100 impostor pairs, and there are 99; these TARs are those with no "
+        "false accept at all."
+    )
     # the worst estimate alone accuses nobody
     report["slices"][0]["gain"] |= {"value": -0.125, "low": -0.3, "high": 0.05}
     verdict = judge(report, GateConfig())

@@ -191,6 +191,27 @@ def test_the_gate_judges_it_and_mlflow_has_it(tmp_path, files, capsys, monkeypat
     assert "old.parquet" in run.data.tags["mlflow.note.content"]
 
 
+@pytest.mark.parametrize("name", ["gate.json", "report.html"])
+def test_a_verdict_that_cannot_be_written_is_no_verdict(tmp_path, files, capsys, name):
+    """1 would say "do not ship"."""
+    out = tmp_path / "up"
+    upgrade(files, out)
+    (out / name).unlink()
+    (out / name).mkdir()
+    capsys.readouterr()
+    assert main(["gate", str(out), "--no-mlflow"]) == 4
+    assert f"{name} cannot be written: Is a directory." in capsys.readouterr().err
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_report_over_vectors_is_no_generation(tmp_path, files, capsys):
+    out = tmp_path / "up"
+    upgrade(files, out)
+    capsys.readouterr()
+    assert main(["generations", str(out), str(out)]) == 2
+    assert f"{out} is a report over stored vectors; must be a run" in capsys.readouterr().err
+
+
 def test_a_report_after_a_deleted_one_reaches_mlflow(tmp_path, files, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     del files["independent"]
