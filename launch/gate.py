@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ def conclude_gate(
     try:
         verdict = judge(report, config.gate)
         answers = answers_of(report, verdict, config.gate.min_slice_images)
+        if overridden:
+            by_hand = f"{answers.safe} Judged with {', '.join(overridden)} instead of what the run's config asks."
+            answers = replace(answers, safe=by_hand)
         page = html_report(config.run.name, report, verdict, answers, run_dir / "figures", overridden)
         known = {key: report[key] for key in ("fingerprint", "examination")}
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
@@ -115,9 +119,12 @@ def _verdict_waits(run_dir: Path) -> bool:
     if not spool.is_file():
         return False
     size = spool.stat().st_size
-    waiting = [event for event, _ in read_events(spool, min(int(cursor.get("offset", 0)), size))]
-    deferred = [offset for offset in cursor.get("deferred", ()) if offset < size]
-    waiting += [event for offset in deferred for event, _ in islice(read_events(spool, offset), 1)]
+    offset, deferred = cursor.get("offset", 0), cursor.get("deferred", ())
+    if not isinstance(offset, int) or not isinstance(deferred, list | tuple):
+        offset, deferred = 0, ()  # damaged: what was sent is not known
+    waiting = [event for event, _ in read_events(spool, min(offset, size))]
+    deferred = [place for place in deferred if isinstance(place, int) and place < size]
+    waiting += [event for place in deferred for event, _ in islice(read_events(spool, place), 1)]
     return any(event.get("kind") == "model" or "lce.gate" in event.get("tags", ()) for event in waiting)
 
 

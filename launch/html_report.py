@@ -56,6 +56,8 @@ def html_report(
     word, kind = ("safe to ship", "yes") if verdict.passed else ("do not ship", "no")
     if not verdict.checks:
         word, kind = "not judged", "unknown"
+    if overridden:
+        word += ", by rules set by hand"
     far = repr(float(report["criterion_far"]))
     parts = [
         f"<h1>Upgrade report: {_text(name)}</h1>",
@@ -77,9 +79,6 @@ def html_report(
                 for c in verdict.checks
             ),
         ),
-        f'<p class="small">Judged with {_text(", ".join(overridden))} instead of what the run\'s config asks.</p>'
-        if overridden
-        else "",
         "<h2>The matrix</h2>",
         _matrix(report),
         f'<p class="small">Intervals at 95 %, at FAR {far}, over identities drawn again '
@@ -279,7 +278,7 @@ def _vectors(report: Mapping[str, Any]) -> str:
 
 
 def _picture(path: Path, caption: str) -> str:
-    if not path.exists():
+    if not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{data}"><figcaption>{_text(caption)}</figcaption></figure>'

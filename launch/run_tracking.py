@@ -273,11 +273,10 @@ def _description(report: dict[str, Any], gate: dict[str, Any], config: Judged) -
         f"| {_cell(check['name'])} | {check['asked']} | {check['reached']} | {words[check['passed']]} |"
         for check in gate["checks"]
     ]
-    lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**: `{old}` to `{new}`.", ""]
+    by_hand = ", by rules set by hand" if gate["overridden"] else ""
+    lines = [f"**{'Safe to ship' if gate['passed'] else 'Do not ship'}**{by_hand}: `{old}` to `{new}`.", ""]
     for question, answer in gate["answers"].items():
         lines += [f"**{question}** {_cell(answer)}", ""]
-    if gate["overridden"]:
-        lines += [f"Judged with {', '.join(gate['overridden'])} instead of what the run's config asks.", ""]
     lines += [f"| query | gallery | TAR at FAR {far} | rank-1 | threshold |", "|---|---|---|---|---|", *rows, ""]
     lines += ["| check | asked | reached | |", "|---|---|---|---|", *checks]
     return "\n".join([*lines, "", "The whole report is the artifact report.html."])

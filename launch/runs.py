@@ -16,6 +16,7 @@ from launch.report import read_report
 from lce_dist.config import Config, parse_config
 from lce_dist.errors import ConfigError, RunError
 from lce_dist.spool import holder
+from lce_dist.storage import MANIFEST
 from lce_dist.training.requests import MOST_PROFILED, PROFILE_FILE
 
 LAUNCH_FILE = "launch.json"
@@ -40,12 +41,14 @@ class RunStatus:
     metrics: Mapping[str, float]
     passed: bool | None
     checkpoints: Mapping[str, str]
+    by_hand: bool = False  # the verdict is of rules that were set by hand
 
     def line(self) -> str:
         """All of it as one line for people."""
         words = [self.state if self.pid is None else f"running (pid {self.pid})"]
         if self.state == "finished":
             words.append({True: "safe to ship", False: "do not ship", None: "not judged"}[self.passed])
+            words += ["by rules set by hand"] if self.by_hand else []
         elif self.stage is not None:
             words.append(f"{self.stage}, step {self.step}")
             shown = {"loss": "loss/total", "images/s": "speed/images_per_s"}
@@ -85,10 +88,9 @@ def status_of(run_dir: Path) -> RunStatus:
         state = "finished"
     elif (run_dir / "failure.log").exists():
         state = "failed"
-    checkpoints = {
-        folder.parent.name: max(path.name for path in folder.glob("step-*[0-9]"))
+    whole = {
+        folder.parent.name: [path.parent.name for path in folder.glob(f"step-*[0-9]/{MANIFEST}")]
         for folder in sorted(run_dir.glob("*/checkpoints"))
-        if any(folder.glob("step-*[0-9]"))
     }
     return RunStatus(
         run_dir.name,
@@ -98,7 +100,8 @@ def status_of(run_dir: Path) -> RunStatus:
         last.get("step"),
         last.get("metrics", {}),
         None if gate is None else bool(gate.get("passed")),
-        checkpoints,
+        {stage: max(names) for stage, names in whole.items() if names},
+        gate is not None and bool(gate.get("overridden")),
     )
 
 

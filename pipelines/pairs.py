@@ -52,11 +52,11 @@ def unpack_pair_bin(path: Path, out: Path) -> tuple[int, int]:
     """Write the images as files 000000.jpg ... (the ending says what they are) and ``pairs.csv`` into a new folder ``out``.
 
     Returns how many images and pairs there are. ``out`` appears whole or not at all.
-    Errors: DataError of :func:`read_pair_bin`, and for an image of an unknown format; RunError where ``out`` exists or the
+    Errors: DataError of :func:`read_pair_bin`, and for an image of an unknown format, and where ``out`` exists; RunError where the
     file system refuses.
     """
     if out.exists():
-        raise RunError(f"{out} exists; it is not written over. Choose another place, or remove it")
+        raise DataError(f"{out} exists; it is not written over. Choose another place, or remove it")
     pairs = read_pair_bin(path)
     names = [f"{number:06}{_suffix(path, number, image)}" for number, image in enumerate(pairs.images)]
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")

@@ -352,7 +352,7 @@ def test_unpack_writes_images_and_pairs(tmp_path):
     assert found.first_P.tolist() == [0, 2, 4]
     assert found.second_P.tolist() == [1, 3, 5]
     assert found.genuine_P.tolist() == [True, False, True]
-    with pytest.raises(RunError, match="exists"):
+    with pytest.raises(DataError, match="exists"):
         unpack_pair_bin(path, out)
     bad = written(tmp_path / "bad.bin", pickle.dumps(([*images, b"MZ.exe", images[0]], [True] * 4)))
     with pytest.raises(DataError, match="image 7 begins with 4d5a2e657865; must be a JPEG"):

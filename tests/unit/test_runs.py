@@ -38,6 +38,8 @@ time.sleep(60)
 def run_at(root: Path, name: str) -> Path:
     run_dir = root / name
     (run_dir / "new" / "checkpoints" / "step-00000020").mkdir(parents=True)
+    (run_dir / "new" / "checkpoints" / "step-00000020" / "manifest.json").write_text("{}")
+    (run_dir / "new" / "checkpoints" / "step-00000040").mkdir()  # killed before its manifest
     (run_dir / "new" / "checkpoints" / "step-00000030.partial").mkdir()
     (run_dir / "config.json").write_text("{}")
     return run_dir
@@ -102,6 +104,9 @@ def test_a_run_is_followed_through_its_states(
     assert status_of(run_dir).line() == "finished, not judged"
     (run_dir / "gate.json").write_text('{"passed": true, "fingerprint": "a", "examination": "new"}')
     assert status_of(run_dir).line() == "finished, safe to ship"
+    by_hand = '{"passed": true, "fingerprint": "a", "examination": "new", "overridden": ["gate.confidence=0.5"]}'
+    (run_dir / "gate.json").write_text(by_hand)
+    assert status_of(run_dir).line() == "finished, safe to ship, by rules set by hand"
     run_at(tmp_path, "another")
     assert [path.name for path in runs_below(tmp_path)] == ["another", "one"]
     assert main(["status", "--run-dir", str(tmp_path), "--json"]) == 0

@@ -203,12 +203,18 @@ def test_the_page_needs_nothing_else_and_shows_everything(
     assert names == {"matrix", "roc", "det", "similarities", "flips", "backfill", "groups"}
     report["slices"][0]["value"] = "<script>alert(1)</script>"
     verdict = judge(report, GateConfig())
+    word = "safe to ship" if verdict.passed else "do not ship"
     page = html_report("a & b", report, verdict, answers_of(report, verdict, 100), tmp_path)
     assert "<script>" not in page and "a &amp; b" in page
     assert page.count("data:image/png;base64,") == 7
     assert "http" not in page.replace("http-equiv", "")
     for question in ("Is it safe to ship?", "What do we gain?", "Who loses?", "What must change?"):
         assert page.index(question) < page.index("The gate")
+    assert "by rules set by hand" not in page
+    (tmp_path / "roc.png").unlink()
+    (tmp_path / "roc.png").mkdir()  # no picture
+    page = html_report("a", report, verdict, answers_of(report, verdict, 100), tmp_path, ["gate.confidence=0.5"])
+    assert f"{word}, by rules set by hand</div>" in page and page.count("data:image/png;base64,") == 6
 
 
 def test_many_groups_are_drawn_worst_first_and_a_dollar_is_a_dollar() -> None:
