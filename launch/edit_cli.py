@@ -384,11 +384,13 @@ _ELSEWHERE = (
 
 
 def _lines(path: Path) -> list[str]:
+    """Names, each a whole line: of a folder called ``" anna"`` the blank is a part, and ``"anna"`` is somebody else."""
+    from lce_dist.vector_files import lines_of
+
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return list(dict.fromkeys(line for line in lines_of(path) if line.strip()))
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); name a text file, one name a line") from None
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _twice(names: list[str]) -> str:

@@ -217,10 +217,10 @@ def _open_npy(path: Path) -> VectorFile:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text, without their ends. Errors: DataError for other bytes."""
+    """The lines of a UTF-8 text, without their ends and the mark that editors put first. Errors: DataError for other bytes."""
     try:
         # newline="\n": other characters that end lines elsewhere may stand in a key
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 yield line.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
