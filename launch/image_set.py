@@ -22,7 +22,9 @@ Progress = Callable[[str, int, int], None]
 
 _NOBODY = "images"  # the one identity that a flat folder is packed as
 _BLOCK_NAMES = 1 << 16
-_NO_KEY = re.compile("[\0\n\ud800-\udfff]")  # what a key in a file of vectors cannot hold; bytes that are no UTF-8 among it
+_NO_KEY = re.compile(
+    "[\0\n\ud800-\udfff]"
+)  # what a key in a file of vectors cannot hold; bytes that are no UTF-8 among it
 
 
 @dataclass(frozen=True, eq=False)
