@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.edit_cli import add_edit_commands
+from launch.edit_cli import add_edit_commands, check_png, writing
 from launch.import_cli import add_import_commands
 from lce_dist.config import SyntheticConfig
 from lce_dist.errors import ConfigError
@@ -138,9 +138,10 @@ def _show(arguments: argparse.Namespace) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{flag} is {value}; must be at least 1")
+    check_png("PNG", arguments.png)
     sheet = sheet_of(PackedDataset.open(arguments.packed), arguments.identities, arguments.photos, arguments.tile)
-    arguments.png.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.png)
+    with writing(arguments.png):
+        sheet.save(arguments.png)
     print(f"{arguments.png}: {sheet.width} x {sheet.height}")
 
 

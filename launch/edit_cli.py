@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lce_dist.errors import ConfigError, DataError, FindingsError
+from lce_dist.errors import ConfigError, DataError, FindingsError, RunError
 
 if TYPE_CHECKING:
     from pipelines.leakage import Leak
@@ -196,6 +198,8 @@ def _stats(arguments: argparse.Namespace) -> None:
     from pipelines.statistics import SAMPLE, measure
 
     _check_common(arguments)
+    if arguments.png is not None:
+        check_png("--png", arguments.png)
     dataset = PackedDataset.open(arguments.packed)
     looked_at = None if arguments.all else SAMPLE
     with counter() as count:
@@ -205,7 +209,8 @@ def _stats(arguments: argparse.Namespace) -> None:
     if arguments.png is not None:
         from launch.statistics_plot import plot_statistics
 
-        plot_statistics(found, arguments.png)
+        with writing(arguments.png):
+            plot_statistics(found, arguments.png)
     values = found.as_json()
     per, size, light = values["images_per_identity"], values["bytes"], values["brightness"]
     lines = [
@@ -384,11 +389,13 @@ _ELSEWHERE = (
 
 
 def _lines(path: Path) -> list[str]:
+    """Names, each a whole line: of a folder called ``" anna"`` the blank is a part, and ``"anna"`` is somebody else."""
+    from lce_dist.vector_files import lines_of
+
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return list(dict.fromkeys(line for line in lines_of(path) if line.strip()))
+    except OSError as error:
         raise DataError(f"{path} cannot be read ({error}); name a text file, one name a line") from None
-    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
 def _twice(names: list[str]) -> str:
@@ -403,8 +410,28 @@ def _check_common(arguments: argparse.Namespace) -> None:
 
 def check_json(file: str | None) -> None:
     """Errors: ConfigError where the file that --json names cannot be made."""
-    if file not in (None, "-") and not Path(file).parent.is_dir():
+    if file is None or file == "-":
+        return
+    if not Path(file).parent.is_dir():
         raise ConfigError(f"--json {file}: {Path(file).parent} is not a folder; make it first")
+    if Path(file).is_dir():
+        raise ConfigError(f"--json {file} is a folder; name a file in it")
+
+
+def check_png(name: str, file: Path) -> None:
+    """Errors: ConfigError where the picture that ``name`` asks for cannot be made."""
+    if file.suffix.lower() != ".png" or file.is_dir():
+        raise ConfigError(f"{name} is {str(file)!r}; must be a file that ends in .png")
+
+
+@contextlib.contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """Make the folder of ``file``, which the block writes. Errors: RunError where the file system refuses."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise RunError(f"{file} cannot be written: {error}. Free space or choose another place") from None
 
 
 def tell(file: str | None, values: dict[str, Any], lines: list[str]) -> None:
@@ -415,7 +442,8 @@ def tell(file: str | None, values: dict[str, Any], lines: list[str]) -> None:
         return
     print(_printable("\n".join(lines)))
     if file is not None:
-        Path(file).write_text(text, encoding="utf-8")
+        with writing(Path(file)):
+            Path(file).write_text(text, encoding="utf-8")
 
 
 def _printable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ Progress = Callable[[str, int, int], None]
 
 _NOBODY = "images"  # the one identity that a flat folder is packed as
 _BLOCK_NAMES = 1 << 16
+_NO_KEY = re.compile(
+    "[\0\n\ud800-\udfff]"
+)  # what a key in a file of vectors cannot hold; bytes that are no UTF-8 among it
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,9 @@ def open_images(place: str, names: Path | None, work: Path, progress: Progress) 
 def _of_folder(source: Path, work: Path, progress: Progress) -> ImageSet:
     with open_tree(source) as tree:
         images = tree.images
+    for name in images:
+        if _NO_KEY.search(name):
+            raise DataError(f"image {name!r} of {source} must have a name of UTF-8 text without line breaks; rename it")
     stamp = source_fingerprint(source)
 
     def packing(done: int, total: int) -> None:

@@ -42,7 +42,6 @@ def plot_statistics(found: Statistics, png: Path) -> None:
     for one in (axes[0, 0].yaxis, axes[0, 1].yaxis, axes[1, 0].xaxis, axes[1, 1].yaxis):
         one.set_major_formatter(lambda value, _: f"{value:,.0f}")
         one.get_major_locator().set_params(integer=True)
-    png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=110)
     pyplot.close(figure)
 

@@ -15,6 +15,7 @@ lce_dist/models/stored_vectors.py. Errors name numbers of rows, never a key. Not
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 import struct
@@ -134,7 +135,7 @@ def write_vectors(path: Path, dim: int, num_rows: int, blocks: Iterable[Block], 
         raise RunError(f"vectors {path} cannot be written: {error}. Free space or choose another place") from None
     finally:
         os.umask(before)
-        for left in path.parent.glob(f"{partial.name}*"):
+        for left in path.parent.glob(f"{glob.escape(partial.name)}*"):
             left.unlink(missing_ok=True)
 
 
@@ -218,10 +219,10 @@ def _open_npy(path: Path) -> VectorFile:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text, without their ends. Errors: DataError for other bytes."""
+    """The lines of a UTF-8 text, without their ends and the mark that editors put first. Errors: DataError for other bytes."""
     try:
         # newline="\n": other characters that end lines elsewhere may stand in a key
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for line in file:
                 yield line.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
@@ -453,8 +454,11 @@ def _write_npy(
         _write_rows(partial, dim, num_rows, blocks, lambda what, words: texts[what].writelines(f"{w}\n" for w in words))
         texts["spaces"].writelines([] if space is None else [f"{space}\n"])
     for what, name in names.items():
+        beside = path.with_name(f"{path.stem}.{what}.txt")
         if name.stat().st_size:
-            yield name, path.with_name(f"{path.stem}.{what}.txt")
+            yield name, beside
+        else:
+            beside.unlink(missing_ok=True)  # of vectors that lay here before, and would name these
     yield partial, path
 
 

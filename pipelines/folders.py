@@ -83,6 +83,9 @@ def _walk(source: Path, skip_bad: bool = False) -> Iterator[_Folder]:
             if _is_image(file):
                 try:
                     status = (Path(directory) / file).stat()
+                    if not stat.S_ISREG(status.st_mode):
+                        others.append(file)  # a pipe, which would be waited for without end
+                        continue
                     images.append((file, status.st_size, status.st_mtime_ns))
                 except OSError as error:
                     if not skip_bad:

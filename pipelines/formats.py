@@ -141,7 +141,13 @@ def open_source(
     if kind == "recordio":
         from pipelines.recordio import open_records
 
-        path = _only(source, ".rec") if source.is_dir() else source.with_suffix(".rec")
+        path = (
+            _only(source, ".rec")
+            if source.is_dir()
+            else source.with_suffix(".rec")
+            if source.suffix.lower() == ".idx"
+            else source
+        )
         return open_records(path, options.labels, progress)
     if kind == "parquet":
         from pipelines.tables import open_parquet

@@ -211,7 +211,7 @@ def read_identity_map(path: Path, directories: Sequence[Path]) -> IdentityMap:
         number_of.setdefault(directory.resolve().name, number)
     found: dict[tuple[int, str], str] = {}
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # spreadsheets put a mark before the first column
             rows = csv.DictReader(file)
             missing = sorted({"set", "key", "identity"} - set(rows.fieldnames or ()))
             if missing:

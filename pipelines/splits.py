@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lce_dist.errors import DataError
+from lce_dist.errors import DataError, RunError
 from pipelines.checked import default_cache, recall, remember
 from pipelines.identities import Chosen, Identities, line_starts
 from pipelines.manifest import (
@@ -165,41 +165,45 @@ def _label_pieces(dataset: PackedDataset, samples: Int64Array | None) -> Iterato
 def write_split(dataset: PackedDataset, split: Split, out: Path) -> Path:
     """Write the lists into a new folder ``out``, whole or not at all; returns the path of split.json.
 
-    Errors: DataError where ``out`` exists.
+    Errors: DataError where ``out`` exists; RunError where the file system refuses.
     """
     if out.exists():
         raise DataError(f"{out} exists; it is not written over. Choose another place, or remove it")
     partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    parts = {}
-    for name in PARTS:
-        samples = split.part(name)
-        labels = labels_of(dataset, samples)
-        np.save(partial / f"{name}.npy", samples, allow_pickle=False)
-        with open(partial / f"{name}.txt", "w", encoding="utf-8", newline="") as file:
-            file.writelines(f"{key}\n" for key in Chosen(dataset.identities, labels))
-        parts[name] = PartRecord(
-            num_samples=len(samples),
-            num_identities=len(labels),
-            samples_sha256=file_sha256(partial / f"{name}.npy"),
-            identities_sha256=file_sha256(partial / f"{name}.txt"),
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        parts = {}
+        for name in PARTS:
+            samples = split.part(name)
+            labels = labels_of(dataset, samples)
+            np.save(partial / f"{name}.npy", samples, allow_pickle=False)
+            with open(partial / f"{name}.txt", "w", encoding="utf-8", newline="") as file:
+                file.writelines(f"{key}\n" for key in Chosen(dataset.identities, labels))
+            parts[name] = PartRecord(
+                num_samples=len(samples),
+                num_identities=len(labels),
+                samples_sha256=file_sha256(partial / f"{name}.npy"),
+                identities_sha256=file_sha256(partial / f"{name}.txt"),
+            )
+        record = SplitRecord(
+            format=_FORMAT,
+            version=_VERSION,
+            scenario=split.scenario,
+            seed=split.seed,
+            fraction=split.fraction,
+            heldout_identities=split.heldout_identities,
+            dataset=dataset.fingerprint,
+            parts=parts,
         )
-    record = SplitRecord(
-        format=_FORMAT,
-        version=_VERSION,
-        scenario=split.scenario,
-        seed=split.seed,
-        fraction=split.fraction,
-        heldout_identities=split.heldout_identities,
-        dataset=dataset.fingerprint,
-        parts=parts,
-    )
-    with open(partial / SPLIT_FILE, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record.model_dump(), indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(out)
+        with open(partial / SPLIT_FILE, "w", encoding="utf-8") as file:
+            file.write(json.dumps(record.model_dump(), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"split {out} cannot be written: {error}. Free space or choose another place") from None
     return out / SPLIT_FILE
 
 

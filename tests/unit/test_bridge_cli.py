@@ -255,3 +255,26 @@ def test_what_a_person_can_mend_is_exit_code_2(tmp_path, capsys):
 
 def open_one(path: Path) -> np.ndarray:
     return np.concatenate([block.rows_bD for block in open_vectors(path).blocks()])
+
+
+def test_names_that_lay_beside_other_vectors_are_not_those_of_new_ones(tmp_path: Path) -> None:
+    out = tmp_path / "all.npy"
+    rows = some_rows(2, 3, 1)
+    write_vectors(out, 3, 2, [Block(["a", "b"], rows, ["ann", "bob"])], "one model")
+    out.unlink()
+    write_vectors(out, 3, 2, [Block(["c", "d"], rows, None)])
+    opened = open_vectors(out)
+    assert (opened.has_identities, opened.space) == (False, None)
+    assert [block.keys for block in opened.blocks()] == [["c", "d"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.keys.txt", "all.npy"]
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npz", ".npy"])
+def test_what_fails_leaves_nothing_whatever_it_is_called(ending: str, tmp_path: Path) -> None:
+    def blocks():
+        yield Block(["a"], some_rows(1, 3, 1), None)
+        raise DataError("the second is damaged")
+
+    with pytest.raises(DataError, match="damaged"):
+        write_vectors(tmp_path / f"all[1]{ending}", 3, 2, blocks())
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,8 @@
 """The data commands as typed: synth, show, verify, pack."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +80,42 @@ def test_mistakes_are_one_line(
     assert "\n" not in error and word in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["show", "FACES", "sheet.xyz"], 2, "PNG is 'sheet.xyz'"),
+        (["show", "FACES", "file/sheet.png"], 1, "file/sheet.png cannot be written"),
+        (["stats", "FACES", "--png", "plots.foo"], 2, "--png is 'plots.foo'"),
+        (["stats", "FACES", "--png", "file/plots.png", "--workers", "1"], 1, "file/plots.png cannot be written"),
+        (
+            ["split", "FACES", "file/split", "--scenario", "open-data", "--heldout", "2"],
+            1,
+            "file/split cannot be written",
+        ),
+        (
+            ["split", "FACES", "split", "--scenario", "open-data", "--heldout", "2", "--json", "."],
+            2,
+            "--json . is a folder",
+        ),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(
+    faces: Path,
+    arguments: list[str],
+    code: int,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main(["data", *(str(faces) if one == "FACES" else one for one in arguments)]) == code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lce: ") and word in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["data", "pack", "--help"]])
 def test_help_has_examples_and_exit_codes(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -84,3 +123,14 @@ def test_help_has_examples_and_exit_codes(command: list[str], capsys: pytest.Cap
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     assert "exit codes" in text or "example" in text
+
+
+@pytest.mark.parametrize("action", ["pack", "import"])
+def test_a_pipe_among_images_is_no_image(tmp_path: Path, action: str) -> None:
+    for name in ("anna", "bob"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / "photos" / name / "1.jpg")
+    os.mkfifo(tmp_path / "photos" / "anna" / "2.jpg")  # nobody writes into it: a reader would wait
+    words = [sys.executable, "-m", "launch.cli", "data", action, str(tmp_path / "photos"), str(tmp_path / "out")]
+    assert subprocess.run(words, timeout=120, cwd=Path(__file__).parents[2]).returncode == 0
+    assert PackedDataset.open(tmp_path / "out").num_samples == 2

@@ -389,3 +389,22 @@ def test_the_commands_say_what_they_did(
         assert main(["data", *arguments]) == 2
         error = capsys.readouterr().err.strip()
         assert word in error and "\n" not in error
+
+
+def test_a_line_of_a_list_is_a_whole_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A blank at its ends is part of it: without, it may be the name of somebody else."""
+    faces = pack(tmp_path / "faces", {" anna": 2, "anna": 2, "x\u2028y": 2})
+    names = tmp_path / "names.txt"
+    names.write_text(" anna/0.jpg\r\n\nx\u2028y/1.jpg\n", encoding="utf-8-sig")  # as an editor on Windows saves it
+    assert main(["data", "remove", str(faces), "--keys", str(names)]) == 0
+    left = {name for _, _, name in contents(faces)}
+    assert left == set(hash_keys([" anna/1.jpg", "anna/0.jpg", "anna/1.jpg", "x\u2028y/0.jpg"])[:, 0].tolist())
+    names.write_text("anna/0.jpg \n")
+    assert main(["data", "remove", str(faces), "--keys", str(names)]) == 2
+    assert "has no 'anna/0.jpg '" in capsys.readouterr().err
+
+
+def test_a_map_that_a_spreadsheet_saved(tmp_path: Path) -> None:
+    table = tmp_path / "map.csv"
+    table.write_text("set,key,identity\nfaces,a,zoe\n", encoding="utf-8-sig")
+    assert read_identity_map(table, [tmp_path / "faces"]) == {(0, "a"): "zoe"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -308,3 +309,17 @@ def test_a_model_without_a_direction_is_an_error(tmp_path, photos, run_dir, caps
         next(iter(net.parameters())).fill_(float("nan"))
     save_weights(net, run_dir / "new" / "model.safetensors", {})
     assert "without a direction" in refusal(capsys, run_dir / "new", photos, "--out", tmp_path / "x.npz", code=1)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"line\nbreak.jpg"])
+def test_a_name_that_no_vector_can_have_is_refused_before_the_work(
+    name: bytes, tmp_path: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "odd" / "ann"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (SIZE, SIZE)).save(folder / "1.jpg")
+    (folder / "1.jpg").rename(folder / os.fsdecode(name))
+    assert main(["embed", str(run_dir / "new"), str(folder.parent), "--out", str(tmp_path / "odd.parquet")]) == 2
+    error = capsys.readouterr().err
+    assert "must have a name of UTF-8 text without line breaks" in error and "Traceback" not in error
+    assert not list(tmp_path.glob("odd.parquet*"))

@@ -697,3 +697,9 @@ def test_training_batches_come_out_of_imported_records_and_of_indexed_tars(tmp_p
         for image, payload in zip(batch.images, ShardReader(dataset).read(np.arange(8)), strict=True):
             pixels = np.asarray(Image.open(io.BytesIO(bytes(payload))), dtype=np.float64)
             np.testing.assert_allclose(image.numpy(), (pixels / 127.5 - 1).transpose(2, 0, 1), atol=1e-6)
+
+
+def test_a_record_file_in_capitals_is_read_as_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "TRAIN.REC").write_bytes(b"no record" * 9)
+    with pytest.raises(DataError, match=r"TRAIN\.REC: no record begins at byte 0"):
+        open_source(tmp_path / "TRAIN.REC", "recordio", SourceOptions())
