@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from launch.protocol_files import Known, read_pairs, read_people, read_templates
-from lce_dist.errors import DataError, RunError
+from lce_dist.errors import DataError
 from pipelines.pairs import read_pair_bin, unpack_pair_bin
 
 PROTOCOLS = range(6)
