@@ -367,7 +367,7 @@ def _others_in(archive: Path) -> Iterator[str]:
     with zipfile.ZipFile(archive) as opened:
         for member in opened.infolist():
             parts = PurePosixPath(member.filename).parts
-            if not member.is_dir() and not any(map(_is_hidden, parts)) and not _is_image(parts[-1]):
+            if parts and not member.is_dir() and not any(map(_is_hidden, parts)) and not _is_image(parts[-1]):
                 yield parts[-1]
 
 

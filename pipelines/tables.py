@@ -279,7 +279,12 @@ def _labels(columns: Sequence[Any], names: list[str] | None, path: Path, label_c
         raise ConfigError(
             f"{path}: column {label_column!r} is {column.type}; must be whole numbers or text (--label-column)"
         )
-    number_N = compute.cast(column, pyarrow.int64()).to_numpy()
+    try:
+        number_N = compute.cast(column, pyarrow.int64()).to_numpy()
+    except pyarrow.ArrowInvalid:
+        raise DataError(
+            f"{path}: column {label_column!r} holds {compute.max(column)}; must be below 2^63. Write such keys as text"
+        ) from None
     lowest, highest = int(number_N.min()), int(number_N.max())
     if lowest < 0:
         raise DataError(

@@ -530,6 +530,7 @@ def test_labels_of_parquet(tmp_path: Path) -> None:
     for labels, error in (
         (pyarrow.array([1, None, 2]), "1 rows have no label"),
         (pyarrow.array([1, -1, 2]), "holds -1"),
+        (pyarrow.array([1, 2**63, 2], type=pyarrow.uint64()), r"holds 9223372036854775808; must be below 2\^63"),
         (pyarrow.array([1.0, 2.0, 2.5]), "must be whole numbers or text"),
     ):
         with pytest.raises((DataError, ConfigError), match=error):

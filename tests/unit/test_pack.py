@@ -53,6 +53,7 @@ def tree(tmp_path: Path) -> Path:
 
 def zipped(tree: Path, path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("."), b"")  # as some programs begin an archive
         for file in sorted(tree.rglob("*")):
             archive.write(file, file.relative_to(tree).as_posix())
     return path
