@@ -16,7 +16,7 @@ from typing import Any, Literal
 from benchmarks.compatibility_data import Share, Source
 from benchmarks.compatibility_work import Task
 from lce_dist.compat import methods
-from lce_dist.config import Config, parse_config
+from lce_dist.config import CONTRAST_WEIGHT, Config, parse_config
 from lce_dist.errors import ConfigError
 
 FAR = 1e-2
@@ -348,6 +348,8 @@ def _compat_of(contestant: Contestant, config: Config) -> dict[str, Any]:
         return {key: section[key] for key in ("mode", "method", "method_weight")}
     if contestant.kind == "mapping":
         section = {key: value for key, value in section.items() if key not in _TRAINING_ALONE}
+    elif config.compat.manner == "direct" and config.compat.contrast_weight is None:
+        section["contrast_weight"] = f"{CONTRAST_WEIGHT:g} where classes are many"
     return {} if contestant.kind == "none" else section
 
 

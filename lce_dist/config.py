@@ -368,7 +368,7 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
 
 
 _PAIR_SHARES: dict[Manner, float] = {"direct": 1.0 / 8.0, "backward": 1.0 / 4.0, "forward": 1.0 / 8.0}
-_CONTRAST = 4.0  # times the classification, which is the same softmax under the same scale
+CONTRAST_WEIGHT = 1.0  # beside the classification, which is the same softmax under the same scale
 
 
 @dataclass(frozen=True)
@@ -389,7 +389,7 @@ def vector_weights_for(config: CompatConfig, scale: float, num_classes: int, dim
     few, direct = num_classes < dim, config.manner == "direct"
     contrast, pair = config.contrast_weight, config.pair_weight
     if contrast is None:
-        contrast = _CONTRAST if direct and not few else 0.0
+        contrast = CONTRAST_WEIGHT if direct and not few else 0.0
     if pair is None:
         pair = scale * _PAIR_SHARES[config.manner] if few else 0.0
     return VectorWeights(contrast, pair)

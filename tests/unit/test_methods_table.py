@@ -74,7 +74,7 @@ def test_methods_without_parameters_are_built_with_their_own_weight_or_the_confi
 @pytest.mark.parametrize(
     ("config", "dims", "pair", "contrast"),
     [
-        ({"mode": "training-direct"}, (4, 4), 0.0, 4.0),  # five classes span four dimensions
+        ({"mode": "training-direct"}, (4, 4), 0.0, 1.0),  # five classes span four dimensions
         ({"mode": "training-direct"}, (6, 6), 8.0, 0.0),
         ({"mode": "training-backward"}, (4, 4), 0.0, 0.0),
         ({"mode": "training-backward"}, (6, 4), 16.0, 0.0),
