@@ -12,11 +12,12 @@ if [[ $# -eq 0 ]]; then
     "$bin/ruff" format --check .
     "$bin/mypy"
     "$bin/lint-imports"
-    # these share nothing: one process a processor; integration tests start clusters of their own
+    # these share nothing: one process a processor
     # ci: the same examples each time; "pytest" alone draws new ones
     OMP_NUM_THREADS=1 "$bin/python" -m pytest -rs --hypothesis-profile ci \
         -n logical --maxprocesses 8 --dist loadfile tests/unit tests/distributed
-    set -- tests --ignore tests/unit --ignore tests/distributed
+    # clusters and servers of their own, which wait more than they compute
+    set -- -n logical --maxprocesses 2 --dist loadfile tests --ignore tests/unit --ignore tests/distributed
 fi
 # -rs: what is skipped, and why, is said at the end
 exec "$bin/python" -m pytest -rs "$@"

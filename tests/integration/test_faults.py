@@ -44,9 +44,14 @@ def training_workers(near: str) -> list[psutil.Process]:
     """Workers of Ray Train on this machine whose raylet belongs to the cluster at ``near``."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "RayTrainWorker" in words and near in " ".join(process.parent().cmdline()):
-            found.append(process)
+        if "RayTrainWorker" not in " ".join(process.info["cmdline"] or []):
+            continue
+        try:
+            parent = process.parent()
+            if parent is not None and near in " ".join(parent.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:  # of another cluster, that ends just now
+            continue
     return found
 
 
