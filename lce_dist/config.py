@@ -383,8 +383,8 @@ def vector_weights_for(config: CompatConfig, scale: float, num_classes: int, dim
     """What the config says, and where it says nothing: pairs for few classes, the contrast for more, directly.
 
     dim: of the longer of the two models' vectors. Fewer centres than dimensions leave directions in which unseen people
-    lie and nothing is aligned: there the images' own vectors say the rest. With more classes the pairs cost accuracy for
-    nothing, and centres say it better (docs/study.md).
+    lie and nothing is aligned: there the images' own vectors say the rest. With more classes the centres say nearly all of
+    it, and the old model need not run in every step (docs/study.md).
     """
     few, direct = num_classes < dim, config.manner == "direct"
     contrast, pair = config.contrast_weight, config.pair_weight

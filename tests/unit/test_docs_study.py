@@ -29,7 +29,7 @@ def test_the_tables_of_scenarios_are_the_records() -> None:
     lines = [line for line in summary_of(rows).splitlines() if line.startswith("|")]
     assert len(lines) == 2 * (2 + 9) and [line for line in lines if line not in TABLES] == []
     # the check can fail
-    assert summary_of(rows).replace("0.642", "0.624").splitlines()[6] not in TABLES
+    assert summary_of(rows).replace("0.659", "0.695").splitlines()[6] not in TABLES
 
 
 def test_the_table_of_maps_is_the_records() -> None:
