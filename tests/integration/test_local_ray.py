@@ -136,7 +136,7 @@ from lce_dist.models.catalog import build_net
 from lce_dist.world import World
 
 folder = Path(sys.argv[1])
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 values = {
     "data": {"synthetic": {"identities": 8, "photos_per_identity": 3}, "image_size": 32, "heldout_identities": 2},
     "old": {"net": "tiny8", "embedding_dim": 8},
