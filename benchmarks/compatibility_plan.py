@@ -16,7 +16,8 @@ from typing import Any, Literal
 from benchmarks.compatibility_data import Share, Source
 from benchmarks.compatibility_work import Task
 from lce_dist.compat import methods
-from lce_dist.config import CONTRAST_WEIGHT, Config, parse_config
+from lce_dist.compat.vector_weights import CONTRAST_WEIGHT
+from lce_dist.config import Config, parse_config
 from lce_dist.errors import ConfigError
 
 FAR = 1e-2

@@ -36,7 +36,8 @@ from lce_dist.compat.closed_form import procrustes as procrustes_of
 from lce_dist.compat.methods import MethodInputs, build_method
 from lce_dist.compat.old_space import OldSpace, Partial, compute_old_space, load_old_space, save_old_space
 from lce_dist.compat.rotation import fold_rotation
-from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig, vector_weights_for
+from lce_dist.compat.vector_weights import vector_weights_for
+from lce_dist.config import MARGIN_KEYS, Config, Manner, NetConfig
 from lce_dist.embedding import EmbeddedRows, embed_batches, gather_all
 from lce_dist.errors import RunError
 from lce_dist.evaluation.embeddings import EmbeddingSet

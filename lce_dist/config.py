@@ -12,7 +12,6 @@ import json
 import sys
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -360,39 +359,12 @@ def weights_for(scale: float, mode: str) -> dict[str, object]:
 
     Through maps a quarter of the alignment: more of it holds the new rows in the old space's dimensions, for nothing.
     Chosen by ``benchmarks.compatibility`` (docs/study.md). Where both models exist there is no such loss: equal weights.
+    Those of contrast and pairs follow the number of classes, which no config knows: compat/vector_weights.py.
     """
     if mode.startswith("mapping-"):
         return {"align_weight": 1.0, "boundary_weight": 1.0, "contrast_weight": 0.0, "pair_weight": 0.0}
     align = 2.0 * scale if mode.endswith("-direct") else 0.5 * scale
     return {"align_weight": align, "boundary_weight": scale / 16.0}
-
-
-_PAIR_SHARES: dict[Manner, float] = {"direct": 1.0 / 8.0, "backward": 1.0 / 4.0, "forward": 1.0 / 8.0}
-CONTRAST_WEIGHT = 1.0  # beside the classification, which is the same softmax under the same scale
-
-
-@dataclass(frozen=True)
-class VectorWeights:
-    """Weights of LCE's terms on new vectors that are not the paper's: against old centres, and the image's old vector."""
-
-    contrast: float
-    pair: float
-
-
-def vector_weights_for(config: CompatConfig, scale: float, num_classes: int, dim: int) -> VectorWeights:
-    """What the config says, and where it says nothing: pairs for few classes, the contrast for more, directly.
-
-    dim: of the longer of the two models' vectors. Fewer centres than dimensions leave directions in which unseen people
-    lie and nothing is aligned: there the images' own vectors say the rest. With more classes the centres say nearly all of
-    it, and the old model need not run in every step (docs/study.md).
-    """
-    few, direct = num_classes < dim, config.manner == "direct"
-    contrast, pair = config.contrast_weight, config.pair_weight
-    if contrast is None:
-        contrast = CONTRAST_WEIGHT if direct and not few else 0.0
-    if pair is None:
-        pair = scale * _PAIR_SHARES[config.manner] if few else 0.0
-    return VectorWeights(contrast, pair)
 
 
 _REFERENCE_MSE_WEIGHT = 100.0  # of a mean over elements of unit rows: (2 / dimension) * mean(1 - cos)
@@ -445,7 +417,7 @@ def _without_effect(compat: CompatConfig) -> dict[str, str]:
             idle |= dict.fromkeys(_OF_CLASS_TERMS, why)
     if compat.manner == "direct":
         idle["bridge"] = f"compat.mode is {compat.mode!r}, which has no map to choose"
-    elif compat.contrast_weight != 0.0:  # presets say 0 in every manner
+    elif compat.contrast_weight != 0.0:  # 0 is what such a run has
         idle.setdefault(
             "contrast_weight",
             f"compat.mode is {compat.mode!r}; vectors are told apart by old centres in the direct manner",

@@ -12,7 +12,8 @@ from lce_dist.collectives import all_reduce_sum
 from lce_dist.compat.frozen_rows import steady_margin
 from lce_dist.compat.methods.lce import Lce
 from lce_dist.compat.old_space import OldSpace
-from lce_dist.config import CompatConfig, HeadConfig, OptimConfig, VectorWeights
+from lce_dist.compat.vector_weights import VectorWeights
+from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
 from lce_dist.head.build import build_head
 from lce_dist.head.dense import dense_margin_softmax
 from lce_dist.head.identity import identity_tensor

@@ -12,7 +12,8 @@ from lce_dist.compat.frozen_rows import steady_margin
 from lce_dist.compat.methods.lce import Lce
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.compat.transformed import rotating_subset
-from lce_dist.config import CompatConfig, HeadConfig, OptimConfig, vector_weights_for
+from lce_dist.compat.vector_weights import vector_weights_for
+from lce_dist.config import CompatConfig, HeadConfig, OptimConfig
 from lce_dist.head.build import build_head
 from lce_dist.head.dense import dense_margin_softmax
 from lce_dist.head.margins import CosFace

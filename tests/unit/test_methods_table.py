@@ -18,7 +18,8 @@ from lce_dist.compat.methods.maps import MAPS
 from lce_dist.compat.methods.nccl import Nccl
 from lce_dist.compat.methods.ract import Ract
 from lce_dist.compat.old_space import OldSpace
-from lce_dist.config import BridgeKind, CompatConfig, HeadConfig, VectorWeights
+from lce_dist.compat.vector_weights import VectorWeights
+from lce_dist.config import BridgeKind, CompatConfig, HeadConfig
 from lce_dist.errors import ConfigError
 from lce_dist.world import World
 

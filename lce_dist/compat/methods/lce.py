@@ -24,7 +24,8 @@ from lce_dist.compat.lce import OldAnchor, boundary_loss, outside
 from lce_dist.compat.method import BOUNDARY_KEYS, Card, Method, MethodBatch, RowTerms
 from lce_dist.compat.old_space import OldSpace
 from lce_dist.compat.transformed import rotating_subset, transformed_alignment
-from lce_dist.config import CompatConfig, Manner, VectorWeights, vector_weights_for
+from lce_dist.compat.vector_weights import VectorWeights, vector_weights_for
+from lce_dist.config import CompatConfig, Manner
 from lce_dist.head.layer import ShardedHead
 from lce_dist.head.margins import Margin
 from lce_dist.head.sampling import drawn_flags
