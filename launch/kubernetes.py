@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from launch.kubectl import build, copy_manifests, get_object, kubectl, last_line
-from launch.rayjobs import FAILED, jobs_of
+from launch.rayjobs import FAILED, is_queued, jobs_of
 from lce_dist.config import PLACES, Config, load_config
 from lce_dist.errors import ConfigError, RunError, SetupError
 
@@ -146,10 +146,14 @@ def render(options: KubernetesOptions) -> str:
 
 @dataclass(frozen=True)
 class Submitted:
-    """The RayJob of a run, and the operator's word for its state when it was there already (None: it was made)."""
+    """The RayJob of a run, and the operator's word for its state when it was there already (None: it was made).
+
+    stopped: by ``lce stop``; a queue holds a job suspended while it waits, too.
+    """
 
     name: str
     state: str | None
+    stopped: bool = False
 
 
 def submit(options: KubernetesOptions) -> Submitted:
@@ -171,7 +175,7 @@ def submit(options: KubernetesOptions) -> Submitted:
                 f"RayJob {options.namespace}/{name} is {state}: {last_line(status.get('message', '')) or 'no message'}. "
                 f"To go on from its last checkpoint: lce resume {options.name} --target k8s --namespace {options.namespace}"
             )
-        return Submitted(name, state)
+        return Submitted(name, state, state == "Suspended" and not is_queued(job))
     others = [other for other in jobs_of(options.name, options.namespace) if other.at_work]
     if others:
         raise RunError(

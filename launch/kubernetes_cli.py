@@ -109,7 +109,7 @@ def submit_to_kubernetes(arguments: argparse.Namespace, config: Config) -> None:
             f"RayJob {job} ended before ({submitted.state}); nothing was started. What it said, and how to do it again:"
         )
         print(f"  lce logs {run} {there}\n  lce resume {run} {there}")
-    elif submitted.state == "Suspended" and options.overlay != "kueue":
+    elif submitted.stopped:
         print(f"RayJob {job} was stopped; nothing was started. To go on:\n  lce resume {run} {there}")
     else:
         print(f"RayJob {job} is there already ({submitted.state}); follow it with:\n  lce logs {run} {there} --follow")

@@ -49,7 +49,7 @@ def jobs_of(run: str | None, namespace: str) -> list[RayJobLine]:
             words[words.index("--name") + 1],
             state,
             last_line(status.get("message", "")),
-            state not in ENDED and (state != "Suspended" or _is_queued(job)),
+            state not in ENDED and (state != "Suspended" or is_queued(job)),
         )
         if run in (None, line.run):
             found.append((job["metadata"].get("creationTimestamp", ""), line))
@@ -97,7 +97,7 @@ def wait_for_job(name: str, namespace: str, with_log: bool, say: Callable[[str],
             if state != told:
                 say(f"RayJob {namespace}/{name}: {state}")
                 told = state
-            if state in ENDED or (state == "Suspended" and not _is_queued(job)):
+            if state in ENDED or (state == "Suspended" and not is_queued(job)):
                 _raise_unless_done(f"{namespace}/{name}", state, status)
                 return
             if with_log and state == "Running":
@@ -109,7 +109,7 @@ def wait_for_job(name: str, namespace: str, with_log: bool, say: Callable[[str],
         raise Interrupted(f"RayJob {namespace}/{name} runs on; the same command follows it, lce stop ends it") from None
 
 
-def _is_queued(job: Mapping[str, Any]) -> bool:
+def is_queued(job: Mapping[str, Any]) -> bool:
     """Whether it is a queue that holds the job suspended, until all of its pods fit."""
     metadata = job["metadata"]
     in_queue = QUEUE_LABEL in metadata.get("labels", {}) and _STOPPED not in metadata.get("annotations", {})

@@ -956,11 +956,29 @@ def test_a_job_that_is_there_is_found_and_its_state_told(
 ) -> None:
     name = job_name(_options())
     (cluster / "job").write_text(json.dumps(_job(name, state)))
-    assert submit(_options()) == Submitted(name, state or "Waiting")
+    assert submit(_options()) == Submitted(name, state or "Waiting", state == "Suspended")
     assert main(["train", "--target", "k8s", "--nodes", "2"]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"RayJob lce-dist/{name} {words}") and "on its way" not in said
     assert not (cluster / "applied").exists()
+
+
+@pytest.mark.parametrize(
+    ("annotations", "words"),
+    [
+        ({}, "is there already (Suspended); follow it with"),
+        ({"lce-dist/stopped": "true"}, "was stopped; nothing was started"),
+    ],
+)
+def test_a_job_that_waits_in_a_queue_is_told_from_one_that_was_stopped(
+    cluster: Path, annotations: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = _options(overlay="kueue", queue="lce", gpus_per_node=1)
+    job = _job(job_name(options), "Suspended")
+    job["metadata"] |= {"labels": {"kueue.x-k8s.io/queue-name": "lce"}, "annotations": annotations}
+    (cluster / "job").write_text(json.dumps(job))
+    assert main(["train", "--target", "k8s", "--nodes", "2", "--queue", "lce"]) == 0
+    assert f" {words}" in capsys.readouterr().out
 
 
 def test_a_new_run_is_said_to_be_on_its_way(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
